@@ -1,0 +1,58 @@
+"""Where `minigpt` and `python main.py` begin: signals, the table of commands, errors into exit statuses.
+
+Nothing heavy is imported before the command is known, so the list of commands and a mistyped one answer at once.
+"""
+
+import os
+import sys
+
+from minigpt_pl import signals
+
+COMMANDS = {  # name: (module, what it does); each module has run(command, options)
+    "fit": ("minigpt_pl.cli", "train a model, or go on with a run"),
+    "validate": ("minigpt_pl.cli", "score a checkpoint on the validation part"),
+    "test": ("minigpt_pl.cli", "score a checkpoint on the test part"),
+    "predict": ("minigpt_pl.cli", "continue a prompt"),
+}
+HELP = "\n".join(
+    [
+        "usage: minigpt COMMAND [options]\n",
+        *(f"  {name:10}{what}" for name, (_, what) in COMMANDS.items()),
+        "\nminigpt COMMAND --help lists the options of a command",
+    ]
+)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs a command; returns its exit status: 0 done, 2 the user's to mend, 3 diverged, 128 + n stopped by signal n."""
+    signals.install()
+    from importlib import import_module
+
+    from minigpt_pl.errors import Diverged, InputError, one_line
+
+    words = sys.argv[1:] if args is None else list(args)
+    command, options = (words[0], words[1:]) if words else ("--help", [])
+    try:
+        if command in ("-h", "--help"):
+            print(HELP)
+        elif command in COMMANDS:
+            return import_module(COMMANDS[command][0]).run(command, options) or 0
+        else:
+            from difflib import get_close_matches
+
+            near = get_close_matches(command, COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"use {', '.join(COMMANDS)}"
+            raise InputError(f"there is no command {command!r}: {hint}")
+    except InputError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except Diverged as error:
+        print(f"error: the run diverged at {one_line(error)}; a lower --model.lr may help", file=sys.stderr)
+        return 3
+    except BrokenPipeError:  # predict | head: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

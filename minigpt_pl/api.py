@@ -1,0 +1,74 @@
+"""The package from Python: load a checkpoint, continue a text, score a text.
+
+The command line is in `cli`; both stand on the same rooms.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minigpt_pl import tokenizer as tokenizers
+from minigpt_pl.checkpoint import read_checkpoint
+from minigpt_pl.data import ScoredBatches
+from minigpt_pl.generation import Sampling
+from minigpt_pl.generation import generate as token_streams
+from minigpt_pl.models import GPT, nll
+from minigpt_pl.modules import from_checkpoint
+from minigpt_pl.tokenizer import Tokenizer
+
+
+@dataclass
+class Loaded:
+    """A trained model in eval mode and the tokenizer that belongs to it."""
+
+    model: GPT
+    tokenizer: Tokenizer
+
+
+def load_checkpoint(path: str | Path, device: str = "cpu") -> Loaded:
+    """Reads a checkpoint; nothing in it is executed.
+
+    Raises:
+        InputError: If the file is missing, damaged or not a checkpoint of minigpt.
+    """
+    saved = read_checkpoint(path)
+    return Loaded(from_checkpoint(saved).net.to(device), tokenizers.load(saved["TextDataModule"]["tokenizer"]))
+
+
+def generate(loaded: Loaded, prompt: str = "\n", **sampling: Any) -> list[str]:
+    """Continues a prompt; one text, without the prompt, for each of `num_samples`.
+
+    Args:
+        loaded: From `load_checkpoint`.
+        prompt: Not empty.
+        sampling: As `generation.Sampling`: max_new_tokens, temperature, top_k, top_p, seed, num_samples.
+
+    Raises:
+        InputError: If the prompt has characters that the model never saw.
+    """
+    ids = loaded.tokenizer.encode(prompt).tolist()
+    steps = list(token_streams(loaded.model, ids, Sampling(**sampling)))
+    return [loaded.tokenizer.decode(list(stream)) for stream in zip(*steps, strict=True)]
+
+
+def score(loaded: Loaded, text: str) -> list[tuple[str, float]]:
+    """Each token of a text but the first, which has no context, with its negative log-likelihood in nats.
+
+    Windows as a full check reads them: a token is scored with at most block_size - 1 tokens before its predecessor.
+
+    Raises:
+        InputError: If the text has characters that the model never saw.
+    """
+    import numpy as np
+
+    ids, size = loaded.tokenizer.encode(text), loaded.model.block_size
+    device = loaded.model.token_embedding.weight.device
+    batches = ScoredBatches(ids, loaded.tokenizer.sizes, np.arange(0, len(ids) - 1, size), size, batch_size=16)
+    nats: list[float] = []
+    with torch.no_grad():
+        for batch in (batches[i] for i in range(len(batches))):
+            losses = nll(loaded.model(batch.inputs.to(device))[0], batch.targets.to(device)).cpu()
+            nats += losses[batch.targets >= 0].tolist()
+    return [(loaded.tokenizer.vocabulary[i], nat) for i, nat in zip(ids[1:].tolist(), nats, strict=True)]

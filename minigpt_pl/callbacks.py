@@ -1,0 +1,283 @@
+"""What happens beside the training loop: dropout's seeds, figures, the bar, samples of text, text on stdout.
+
+What ends a run is in `stopping`, what saves it in `saving`; where figures are written is in `loggers`.
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from minigpt_pl.errors import Diverged, InputError
+from minigpt_pl.generation import Sampling, generate
+from minigpt_pl.randomness import key
+
+
+def step_is_whole(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether this micro-batch was the last of its optimizer step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def check_is_due(trainer: Trainer) -> bool:
+    """Whether a check belongs to the step just completed."""
+    return trainer.global_step % trainer.datamodule.eval_every == 0 or trainer.global_step >= trainer.max_steps
+
+
+class SeedSteps(Callback):
+    """Makes dropout a pure function of (seed, step, micro-batch, rank): a resumed run draws the same masks."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        micro = batch_idx % trainer.accumulate_grad_batches
+        seed = key(trainer.datamodule.seed, "dropout", trainer.global_step, micro, trainer.global_rank, size=7)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack each time, for devices not there
+        if pl_module.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        elif pl_module.device.type == "mps":
+            torch.mps.manual_seed(seed)
+
+
+class Stopwatch:
+    """Seconds between each start and the stop that follows; starting or stopping twice does nothing."""
+
+    def __init__(self) -> None:
+        self._total, self._since = 0.0, 0.0
+
+    def start(self) -> None:
+        self._since = self._since or time.perf_counter()
+
+    def stop(self) -> None:
+        self._total, self._since = self.read(), 0.0
+
+    def read(self) -> float:
+        return self._total + (time.perf_counter() - self._since if self._since else 0.0)
+
+
+class TrainFigures(Callback):
+    """Logs the training figures every log_every_n_steps steps, and each check's; goes on with finite numbers only.
+
+    Attributes:
+        tokens_seen: Targets trained on, those before a resume included.
+        latest: The figures logged last.
+        timed_tokens: Of tokens_seen, those whose time was taken: all but the first steps of each start.
+        timed_seconds: What they took, without checks and saves.
+    """
+
+    warmup_steps = 5  # caches, allocators and compilers settle
+
+    def __init__(self) -> None:
+        self.latest: dict[str, float] = {}
+        self.tokens_seen = self.timed_tokens = 0
+        self.timed_seconds = 0.0
+        self._watch = Stopwatch()
+        self._steps_here = self._steps_since_log = 0
+        self._mark = (0, 0.0)
+        self._sums: list[float] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        stored = ("tokens_seen", "timed_tokens", "timed_seconds", "_steps_since_log", "_sums")
+        return {name: getattr(self, name) for name in stored}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.__dict__.update(state_dict)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._watch.stop()
+        self._sums = torch.stack(pl_module.sums()).tolist()
+        self._settle()
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Over the whole run; None before any step was timed."""
+        return self.timed_tokens / self.timed_seconds if self.timed_seconds else None
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self._sums is not None:
+            for total, value in zip(pl_module.sums(), self._sums, strict=True):
+                total.fill_(value)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._watch.start()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._watch.stop()
+        if not pl_module.is_finite():
+            raise Diverged(f"step {trainer.global_step}: the loss, the gradient or a weight is not a finite number")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if not math.isfinite(pl_module.figures["val/loss"]):
+            raise Diverged(f"step {trainer.global_step}: val/loss is {pl_module.figures['val/loss']}")
+        log(trainer, pl_module.figures)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.tokens_seen += batch[1].numel() * trainer.world_size
+        if not step_is_whole(trainer, batch_idx):
+            return
+        self._steps_since_log += 1
+        self._steps_here += 1
+        if self._steps_here == self.warmup_steps:
+            self._mark = (self.tokens_seen, self._watch.read())
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            self._log(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._watch.stop()
+        self._settle()
+
+    def _settle(self) -> float | None:
+        """Adds what was timed since the last call; returns its speed in tokens per second."""
+        if self._steps_here <= self.warmup_steps:
+            return None
+        now = (self.tokens_seen, self._watch.read())
+        tokens, seconds = now[0] - self._mark[0], now[1] - self._mark[1]
+        self.timed_tokens, self.timed_seconds, self._mark = self.timed_tokens + tokens, self.timed_seconds + seconds, now
+        return tokens / seconds if seconds else None
+
+    def _log(self, trainer: Trainer, pl_module: Any) -> None:
+        sums = torch.stack(pl_module.sums())  # the one wait for the device between two logs
+        if trainer.world_size > 1:
+            sums = trainer.strategy.reduce(sums, reduce_op="mean")
+        batches = self._steps_since_log * trainer.accumulate_grad_batches
+        loss, aux, norm = (sums / torch.tensor([batches, batches, self._steps_since_log], device=sums.device)).tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Diverged(f"step {trainer.global_step}: train/loss is {loss}, train/grad_norm is {norm}")
+        self.latest = {
+            "train/loss": loss,
+            "train/grad_norm": norm,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "tokens_seen": self.tokens_seen,
+        }
+        if speed := self._settle():
+            self.latest["perf/tokens_per_s"] = speed
+        if figures := pl_module.step_figures():
+            self.latest |= {"train/aux_loss": aux} | figures
+        for total in pl_module.sums():
+            total.zero_()
+        self._steps_since_log = 0
+        log(trainer, self.latest)
+
+
+def log(trainer: Trainer, figures: dict[str, float]) -> None:
+    """Hands figures to every logger under the number of completed steps (Lightning's own is one less)."""
+    for logger in trainer.loggers:
+        logger.log_metrics(figures, trainer.global_step)
+
+
+class Bar(TQDMProgressBar):
+    """Lightning's bar with loss, best and speed on a terminal, and one line a check anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=20 if sys.stdout.isatty() else 0)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        shown = {}
+        figures = next(c for c in trainer.callbacks if isinstance(c, TrainFigures)).latest
+        if figures:
+            shown = {"loss": f"{figures['train/loss']:.4f}", "tok/s": f"{figures.get('perf/tokens_per_s', 0):,.0f}"}
+        best = trainer.checkpoint_callback.best_model_score
+        return shown | ({"best": f"{best:.4f}"} if best is not None else {})
+
+    def init_validation_tqdm(self) -> Any:
+        bar = super().init_validation_tqdm()
+        bar.disable = True
+        return bar
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        figures = next(c for c in trainer.callbacks if isinstance(c, TrainFigures)).latest
+        line = f"step {trainer.global_step:>5}/{trainer.max_steps}"
+        line += f"  train/loss {figures['train/loss']:.4f}" if figures else ""
+        line += f"  val/loss {pl_module.figures['val/loss']:.4f}  nats/char {pl_module.figures['val/nats_per_char']:.4f}"
+        line += f"  {figures['perf/tokens_per_s']:,.0f} tokens/s" if "perf/tokens_per_s" in figures else ""
+        self.print(line)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        if self.train_progress_bar.disable:
+            print(*args, flush=True)
+        else:
+            super().print(*args, **kwargs)
+
+
+@final
+class SampleText(Callback):
+    """Writes what the model has learned so far to samples.txt. `--samples null` does without.
+
+    Args:
+        every_n_checks: Checks between samples.
+        prompt: What the samples continue.
+        max_new_tokens: Their length.
+        temperature: As --sample.temperature of predict.
+    """
+
+    def __init__(self, every_n_checks: int = 1, prompt: str = "\n", max_new_tokens: int = 200, temperature: float = 0.8):
+        if every_n_checks < 1:
+            raise InputError(f"samples.every_n_checks is {every_n_checks}: it must be at least 1")
+        self.every_n_checks, self.prompt = every_n_checks, prompt
+        self.sampling = Sampling(max_new_tokens, temperature)
+
+    def path(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir, "samples.txt")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        due = trainer.global_step // trainer.datamodule.eval_every % self.every_n_checks == 0
+        if trainer.is_global_zero and (due or trainer.global_step >= trainer.max_steps):
+            with self.path(trainer).open("a", encoding="utf-8") as file:
+                file.write(f"=== step {trainer.global_step}\n{sample_text(trainer, pl_module, self.prompt, self.sampling)}\n")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = self.path(trainer)
+        if trainer.is_global_zero and path.exists():  # what a stopped run wrote after its checkpoint is written again
+            kept, keep = [], True
+            for line in path.read_text("utf-8").splitlines(keepends=True):
+                if line.startswith("=== step "):
+                    keep = int(line.split()[2]) <= trainer.global_step
+                kept += [line] if keep else []
+            path.write_text("".join(kept), "utf-8")
+
+
+def sample_text(trainer: Trainer, pl_module: Any, prompt: str, sampling: Sampling) -> str:
+    """A prompt and its continuation, by the model as it is; characters of the prompt that it lacks are left out."""
+    tokenizer = trainer.datamodule.tokenizer
+    known = "".join(c for c in prompt if c in set("".join(tokenizer.vocabulary)))
+    ids = tokenizer.encode(known or tokenizer.vocabulary[0]).tolist()
+    training = pl_module.net.training
+    pl_module.net.eval()
+    tokens = [token for (token,) in generate(pl_module.net, ids, sampling)]
+    pl_module.net.train(training)
+    return known + tokenizer.decode(tokens)
+
+
+class WriteText(Callback):
+    """predict: prompts and their continuations on stdout, as they are generated, and nothing else."""
+
+    def __init__(self) -> None:
+        self._first = True
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        tokenizer = trainer.datamodule.tokenizer
+        prompt = trainer.datamodule.prompts[batch_idx] or tokenizer.decode(batch)
+        finished: list[list[int]] = [[] for _ in range(pl_module.sampling.num_samples)]
+        self._begin(prompt)
+        for tokens in outputs:
+            sys.stdout.write(tokenizer.decode(tokens[:1]))
+            sys.stdout.flush()
+            for stream, token in zip(finished, tokens, strict=True):
+                stream.append(token)
+        for stream in finished[1:]:
+            sys.stdout.write("\n")
+            self._begin(prompt)
+            sys.stdout.write(tokenizer.decode(stream))
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+    def _begin(self, prompt: str) -> None:
+        sys.stdout.write(prompt if self._first else f"---\n{prompt}")
+        self._first = False

@@ -1,0 +1,334 @@
+"""The command line of fit, validate, test and predict: how defaults, a checkpoint, files and flags become one run.
+
+What wins, from weak to strong: the code, configs/default.yaml, the checkpoint, then files and flags in their order.
+The table of commands and the exit statuses are in `__main__`; what --help shows and how mistakes are said in `help`.
+"""
+
+import argparse
+import secrets
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import wandb
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from minigpt_pl import helptext, run_dir, signals
+from minigpt_pl.callbacks import Bar, SampleText, SeedSteps, TrainFigures, WriteText, sample_text
+from minigpt_pl.checkpoint import AtomicCheckpointIO, check_sizes_fit, find_checkpoint, read_checkpoint, whole_steps
+from minigpt_pl.data import TextDataModule
+from minigpt_pl.errors import InputError, one_line
+from minigpt_pl.generation import Sampling
+from minigpt_pl.loggers import MetricsCSV, Wandb
+from minigpt_pl.modules import LanguageModel
+from minigpt_pl.saving import BestCheckpoint, LastCheckpoint, SaveSettings
+from minigpt_pl.stopping import StopEarly, StopTraining
+from minigpt_pl.summary import RunSummary, table
+
+HOME = Path(__file__).parent / "shipped"
+CONFIGS = (HOME if HOME.exists() else HOME.parents[1]) / "configs"
+
+PLACES = ("run_dir", "ckpt_path")  # where, not what: given on the command line, stored nowhere
+OURS = {  # options of the Trainer that this project decides, so that steps and checks are counted in one way
+    "logger", "default_root_dir", "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps",
+    "max_epochs", "min_epochs", "min_steps", "fast_dev_run", "limit_train_batches", "limit_val_batches",
+    "limit_test_batches", "limit_predict_batches", "overfit_batches", "use_distributed_sampler", "barebones",
+    "reload_dataloaders_every_n_epochs", "enable_checkpointing", "gradient_clip_algorithm", "model_registry",
+    "inference_mode", "sync_batchnorm",
+}  # fmt: skip
+FIXED = {  # settings of the data under which a checkpoint's figures would mean something else
+    "fit": {"tokenizer", "bpe_vocab_size", "bpe_min_pair_freq", "train_frac", "test_frac"},
+    "validate": {"tokenizer", "bpe_vocab_size", "bpe_min_pair_freq", "train_frac"},
+}
+
+
+def run(command: str, options: list[str]) -> int:
+    """Runs fit, validate, test or predict; returns the exit status."""
+    helptext.quiet()
+    try:
+        return MiniGPTCLI(command, options).status
+    except argparse.ArgumentError as error:
+        raise InputError(one_line(error)) from error
+    finally:
+        signals.defer(False)
+        signals.before_leaving.clear()
+
+
+class MiniGPTCLI(LightningCLI):
+    """LightningCLI with this project's order of settings, its run directory and its checkpoints."""
+
+    def __init__(self, command: str, options: list[str]):
+        self.command, self.options, self.fits, self.status = command, options, command == "fit", 0
+        self.ckpt_path: Path | None = None
+        self.saved: dict[str, Any] = {}
+        self.goes_on = False
+        parser = {
+            "usage": f"minigpt {command} [options]",
+            "default_config_files": [CONFIGS / "default.yaml"] if self.fits else [],
+        }
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="jsonargparse")
+            super().__init__(
+                LanguageModel,
+                TextDataModule,
+                subclass_mode_model=True,
+                save_config_callback=None,
+                seed_everything_default=self.fits,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                parser_kwargs={
+                    "exit_on_error": False,  # errors are raised, and main() says them
+                    "allow_abbrev": False,
+                    "formatter_class": helptext.Help,
+                    command: parser,
+                },
+            )
+
+    def subcommands(self) -> dict[str, set[str]]:  # one parser, not four
+        known = super().subcommands()[self.command]
+        return {self.command: known | {"verbose", "return_predictions", "weights_only"}}
+
+    # What may be said.
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        seed = 1337 if self.fits else 0
+        parser.add_argument("--seed_everything", type=int, default=seed, help="Decides all that is random in a run.")
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_dir", type=str, default="", help="Where a run writes [runs/TIME-MODEL].")
+        # With a default class, None is no part of the type, and errors are short.
+        parser.add_subclass_arguments(LanguageModel, "model", default={"class_path": "ModernLM"}, fail_untyped=False)
+        parser.add_lightning_class_args(TextDataModule, "data")
+        parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=OURS)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("data", "model.init_args.vocab_size", self.vocab_size, apply_on="instantiate")
+        parser.link_arguments("model.init_args.block_size", "data.block_size")
+        parser.link_arguments("seed_everything", "data.seed")
+        if self.fits:
+            parser.add_argument("--early_stopping", type=StopEarly | None, help="When to stop; null is never.")
+            parser.add_argument("--last.every_n_train_steps", type=int, default=200, help="Steps between saves of last.ckpt.")
+            parser.add_argument("--last.minutes", type=float, default=5.0, help="Longest time between them.")
+            parser.add_argument("--samples", type=SampleText | None, default=None, help="samples.txt; null is none.")
+            parser.add_argument("--wandb", type=Wandb | None, default=Wandb(), help="Weights & Biases; null is off.")
+        if self.command == "predict":
+            parser.add_argument("--sample.prompt", type=str, default="", help="What to continue; a newline unless given.")
+            parser.add_argument("--sample.prompt_file", type=str, default="", help="Prompts, one a line.")
+            parser.add_class_arguments(Sampling, "sample")
+        parser.add_argument("--trainer.help", action="help", help="Show this help with all settings of the Trainer.")
+
+    # What is meant.
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        if "--trainer.help" not in self.options:
+            helptext.shorten(self._parser(self.command))
+        asks_for_help = any(option == "-h" or option.startswith("--") and option.endswith("help") for option in self.options)
+        places = self.find_places()
+        settings: dict[str, Any] = {}
+        if places["ckpt_path"]:
+            self.ckpt_path = find_checkpoint(places["ckpt_path"], places["run_dir"])
+            if self.fits and places["ckpt_path"] == "best":
+                raise InputError(
+                    f"--ckpt_path best: a run goes on from last; to branch off its best, give --ckpt_path {self.ckpt_path} "
+                    "and a new --run_dir"
+                )
+            self.saved = read_checkpoint(self.ckpt_path)
+            settings = helptext.harmless(self.saved["settings"], self.ckpt_path, self.options)
+            check_sizes_fit(self.saved)
+            if not self.fits:
+                settings = {key: settings[key] for key in ("model", "data")}
+        elif not self.fits and not asks_for_help:
+            raise InputError(f"{self.command} needs a trained model: --ckpt_path FILE, or last or best with --run_dir")
+
+        words = helptext.with_shipped_configs(self.options, CONFIGS)
+        try:
+            self.config = parser.parse_args([self.command, "--config", yaml.safe_dump(settings), *words])
+        except argparse.ArgumentError as error:
+            message = one_line(error)
+            raise InputError(message + helptext.hint(message, self._parser(self.command))) from error
+        config = self.config[self.command]
+        if (config.run_dir, config.ckpt_path) != (places["run_dir"], places["ckpt_path"]):
+            raise InputError("run_dir and ckpt_path are said on the command line, not in a file: take them out")
+        if config.model.init_args.get("vocab_size") is not None:
+            raise InputError("model.vocab_size follows the tokenizer: leave it out")
+        self.settings = self.as_settings(config)
+        if self.saved:
+            self.compare_with_checkpoint(settings)
+        if self.fits:
+            if config.trainer.max_steps < 1:
+                raise InputError(f"trainer.max_steps is {config.trainer.max_steps}: it must be at least 1")
+            self.run_dir, self.goes_on = run_dir.choose(
+                places["run_dir"], self.ckpt_path, config.model.class_path.rpartition(".")[2]
+            )
+        config.ckpt_path = None  # else LightningCLI lets the checkpoint overrule the command line
+
+    def find_places(self) -> dict[str, Any]:
+        """--run_dir and --ckpt_path, which decide what else is read."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument("--run_dir", default="")
+        parser.add_argument("--ckpt_path")
+        return vars(parser.parse_known_args(self.options)[0])
+
+    def as_settings(self, config: Any) -> dict[str, Any]:
+        """The whole resolved configuration in plain values, without the places."""
+        settings = yaml.safe_load(self._parser(self.command).dump(config, skip_none=False))
+        return {key: value for key, value in settings.items() if key not in PLACES}
+
+    def compare_with_checkpoint(self, was: dict[str, Any]) -> None:
+        """Refuses what the weights or the text of the checkpoint contradict; says what else has changed."""
+        now, model = self.settings, helptext.model_class(self.settings["model"]["class_path"])
+        fixed = {f"model.init_args.{name}" for name in was["model"]["init_args"] if name not in model.may_change}
+        fixed |= {f"data.{name}" for name in FIXED.get(self.command, FIXED["validate"])} | {"model.class_path"}
+        for name, before, after in helptext.differences(was, {key: now[key] for key in was if key in now}):
+            plain = name.replace(".init_args", "")
+            if name in fixed or name == "model.class_path":
+                raise InputError(f"{plain} is {after}, but {self.ckpt_path} has {before}: leave it out, or train anew")
+            print(f"{plain}: {before} -> {after}", file=sys.stderr)
+
+    def vocab_size(self, data: TextDataModule) -> int:
+        if self.saved:
+            data.load_state_dict({**self.saved["TextDataModule"], "step": self.saved["global_step"]})
+            remembered = self.saved["TextDataModule"]["text_path"]
+            if data.path == self.saved["settings"]["data"]["path"] and Path(remembered).is_file():
+                data.path = remembered  # a relative path meant another directory
+        return data.vocab_size
+
+    # What is built. Nothing is written before all of it is.
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+            self.prepare()
+        except (ValueError, TypeError, OSError, MisconfigurationException) as error:  # asked for what cannot be
+            raise InputError(str(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        init, settings = self.config_init[self.command], self.settings
+        kwargs |= {"logger": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+        callbacks = list(init.trainer.callbacks or [])
+        self.io = AtomicCheckpointIO()
+        if self.fits:
+            self.check_settings(init)
+            place = str(self.run_dir)
+            branches = bool(self.saved) and not self.goes_on
+            self.wandb_id = self.saved["wandb_id"] if self.goes_on else secrets.token_hex(4)
+            self.summary = RunSummary(
+                settings, str(self.ckpt_path) if branches else None, self.saved["global_step"] if branches else None
+            )
+            max_time = init.trainer.max_time
+            limit = None if max_time is None else timedelta(seconds=Timer(max_time).time_remaining() or 0)
+            self.stops = StopTraining(limit)
+            callbacks += [SeedSteps(), TrainFigures(), self.summary]
+            callbacks += [c for c in (init.samples, init.early_stopping) if c is not None]
+            callbacks += [self.stops, BestCheckpoint(place), LastCheckpoint(place, init.last.every_n_train_steps, init.last.minutes)]
+            callbacks += [SaveSettings(settings, {"wandb_id": self.wandb_id})]
+            if init.trainer.enable_progress_bar is not False:
+                callbacks.append(Bar())
+            every = init.data.eval_every * init.trainer.accumulate_grad_batches
+            kwargs |= {
+                "default_root_dir": place, "max_epochs": 1, "max_time": None, "check_val_every_n_epoch": None,
+                "val_check_interval": every, "enable_model_summary": False,
+            }  # fmt: skip
+        else:
+            kwargs |= {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+            if self.command == "predict":
+                callbacks.append(WriteText())
+        kwargs["plugins"] = [*(init.trainer.plugins or []), self.io]
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def check_settings(self, init: Any) -> None:
+        """What no constructor sees."""
+        for name in ("accumulate_grad_batches", "log_every_n_steps"):
+            value = init.trainer[name]
+            if value is not None and value < 1:
+                raise InputError(f"trainer.{name} is {value}: it must be at least 1")
+        clip = init.trainer.gradient_clip_val
+        if clip is not None and not clip > 0:
+            raise InputError(f"trainer.gradient_clip_val is {clip}: it must be positive, or null for no clipping")
+        gate = getattr(init.model, "moe_gate", None)
+        if gate == "softmax_selected":
+            print("model.moe_gate softmax_selected at moe_top_k 1 is the constant 1", file=sys.stderr)
+
+    def prepare(self) -> None:
+        init = self.config_init[self.command]
+        if self.fits:
+            init.ckpt_path = str(self.ckpt_path) if self.saved else None
+        else:
+            self.model.load_state_dict(self.saved["state_dict"])
+            if self.command == "test" and self.datamodule.test_frac == 0:
+                raise InputError("data.test_frac is 0: there is no test part; give the share of the text that is kept for it")
+        if self.command == "predict":
+            self.datamodule.prompts = helptext.prompts(init.sample.prompt, init.sample.prompt_file)
+            self.model.sampling = Sampling(**{k: v for k, v in vars(init.sample).items() if not k.startswith("prompt")})
+
+    # What is done.
+
+    def fit(self, model: LanguageModel, **kwargs: Any) -> None:
+        trainer, init = self.trainer, self.config_init["fit"]
+        lock = run_dir.claim(self.run_dir, self.goes_on) if trainer.is_global_zero else None
+        try:
+            step = self.saved["global_step"] if self.goes_on else 0
+            if self.saved:
+                self.io.prepared = self.as_resumed()
+            grown = self.goes_on and step < trainer.max_steps and step % init.data.eval_every != 0
+            trainer.loggers = [MetricsCSV(self.run_dir / "metrics.csv", step, drop_check=grown)]
+            if init.wandb is not None:
+                trainer.loggers += [init.wandb.logger(self.run_dir, self.wandb_id, self.settings)]
+            if said := self.datamodule.thinned("val"):
+                print(said, file=sys.stderr)
+            trainer.fit(model, datamodule=self.datamodule, ckpt_path=init.ckpt_path)
+            self.close()
+        finally:
+            wandb.finish()
+            if lock is not None:
+                run_dir.release(lock)
+
+    def as_resumed(self) -> dict[str, Any]:
+        """The checkpoint as Lightning is to restore it."""
+        checkpoint = dict(self.saved)
+        whole_steps(checkpoint["loops"], checkpoint["global_step"] * self.trainer.accumulate_grad_batches)
+        kept = {callback.state_key for callback in self.trainer.callbacks}
+        if not self.goes_on:  # a branch counts its own checks; what it has learned from is its parent's
+            kept = {TrainFigures().state_key}
+        checkpoint["callbacks"] = {key: state for key, state in checkpoint["callbacks"].items() if key in kept}
+        return checkpoint
+
+    def close(self) -> None:
+        """The end of a run: exit status, a table, and a sample of the best model."""
+        stopped = {"interrupted": 130, "terminated": 143}
+        self.status = stopped.get(self.stops.reason or "", 0)
+        summary = self.summary.written
+        if summary is None or not self.trainer.is_global_zero:
+            if self.trainer.is_global_zero:
+                print(f"nothing is left to train: {self.run_dir} has done trainer.max_steps {self.trainer.max_steps}")
+            return
+        print(f"\n{table(summary, self.run_dir)}")
+        best = self.run_dir / "best.ckpt"
+        if self.status == 0 and best.exists():
+            self.model.load_state_dict(read_checkpoint(best)["state_dict"])
+            text = sample_text(self.trainer, self.model, "\n", Sampling(max_new_tokens=300))
+            print(f"\nwhat best.ckpt writes:\n{text}")
+
+    def validate(self, model: LanguageModel, **kwargs: Any) -> None:
+        self.score("val", self.trainer.validate)
+
+    def test(self, model: LanguageModel, **kwargs: Any) -> None:
+        self.score("test", self.trainer.test)
+
+    def score(self, part: str, method: Any) -> None:
+        if said := self.datamodule.thinned(part):
+            print(said, file=sys.stderr)
+        method(self.model, datamodule=self.datamodule, verbose=False)
+        if self.trainer.is_global_zero:
+            for name, value in self.model.figures.items():
+                print(f"{name:20}{value:.7f}")
+
+    def predict(self, model: LanguageModel, **kwargs: Any) -> None:
+        self.trainer.predict(model, datamodule=self.datamodule, return_predictions=False)
+

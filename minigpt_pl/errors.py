@@ -1,0 +1,37 @@
+"""What is the user's to mend, and how it is said in one line; how a diverged run is told from a bug.
+
+No error is caught here: `__main__` turns these into exit statuses.
+"""
+
+import re
+
+CHATTER = [  # the parser's wording, and ours
+    (r"(?s)Call to compute_fn of link .* failed: ", ""),
+    (r"(?s)Unexpected config:\s*", "not a file of settings: "),
+    (r"(?s)Does not validate against any of the Union subtypes\s+Subtypes: .*?\s+Errors:", ""),
+    (r"(?s)\s+Given value type: .*?\s+Given value: (?:NestedArg|Namespace).*", ""),
+    (r"\s+Given value type: .*?\s+Given value:", ". Got value:"),
+    (r"\s+- (?:Expected a <class 'NoneType'>|Expected a path but .* not accessible or invalid)", ""),
+    (r"Problem with given class_path '(?:.*\.)?(\w+)':", r"\1:"),
+    (r"Expected a dot import path string:", "there is no class"),
+    (r'Parser key "(.*?)":', r"\1:"),
+    (r"typing\.Literal|<class '(\w+)'>", r"\1"),
+    (r"Expected an? (?=\[)", "Expected one of "),
+    (r":\s+- ", ": "),
+]
+
+
+class InputError(ValueError):
+    """The user's input or machine is at fault: one line on stderr, exit status 2."""
+
+
+class Diverged(RuntimeError):
+    """The loss, the gradient or a weight is no longer a finite number: exit status 3."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks and without the parser's chatter."""
+    text = str(error) or type(error).__name__
+    for theirs, ours in CHATTER:
+        text = re.sub(theirs, ours, text)
+    return " ".join(text.split())

@@ -1,0 +1,222 @@
+"""The two GPTs: each a short assembly of the parts in `layers` and `moe`, with one rule of initialisation.
+
+Pure torch: no training, no tokens, no Lightning. `forward` gives logits and the aux loss; `modules` makes losses of them.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minigpt_pl.layers import Block, CausalSelfAttention, Dropout, GeluMLP, LayerCache, Rope, SwiGLU
+from minigpt_pl.moe import Gate, MoE
+
+
+class GPT(nn.Module):
+    """What both decoders share: embed, run the blocks, norm, head. Heirs fill in the parts."""
+
+    block_size: int
+    token_embedding: nn.Embedding
+    dropout: Dropout
+    blocks: nn.ModuleList
+    norm: nn.Module
+    head: nn.Linear
+
+    def embed(self, ids: Tensor, start: int) -> Tensor:
+        """Embeddings (B, T, C) of the tokens at positions start ... start + T - 1."""
+        raise NotImplementedError
+
+    def forward(self, ids: Tensor, cache: list[LayerCache] | None = None) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, V) of the next token at each position of ids (B, T), and the aux loss, summed over layers.
+
+        With a cache (`new_cache`), ids go on where the cache ends, and the logits are those of the last position
+        alone, (B, 1, V).
+        """
+        start = cache[0].length if cache else 0
+        assert start + ids.size(1) <= self.block_size, f"{start} + {ids.size(1)} positions, but {self.block_size} at most"
+        x = self.dropout(self.embed(ids, start))
+        aux = x.new_zeros(())
+        for layer, block in enumerate(self.blocks):
+            x, block_aux = block(x, cache[layer] if cache else None)
+            if block_aux is not None:
+                aux = aux + block_aux
+        if cache:
+            x = x[:, -1:]
+        return self.head(self.norm(x)), aux
+
+    def new_cache(self) -> list[LayerCache]:
+        """An empty cache for `forward`."""
+        return [LayerCache(self.block_size) for _ in self.blocks]
+
+    def moe_layers(self) -> Iterator[MoE]:
+        return (block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoE))
+
+    def params_total(self) -> int:
+        """Every parameter, embeddings included, tied ones once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def params_active(self) -> int:
+        """Parameters that one token uses: all, less the experts that it does not choose."""
+        idle = sum((1 - moe.top_k / moe.n_experts) * (moe.gate_up.numel() + moe.down.numel()) for moe in self.moe_layers())
+        return self.params_total() - round(idle)
+
+    def flops_per_token(self) -> int:
+        """FLOPs of one token's forward and backward pass in training, as PaLM counts (arXiv 2204.02311, appendix B).
+
+        Six for each active weight that multiplies, and 12 C T a layer for full attention over the window.
+        """
+        weights = self.params_active() - sum(p.numel() for p in self.parameters() if p.dim() < 2)
+        lookups = self.embedding_lookups()
+        return 6 * (weights - lookups) + 12 * len(self.blocks) * self.token_embedding.embedding_dim * self.block_size
+
+    def embedding_lookups(self) -> int:
+        """Weights that are looked up, not multiplied."""
+        raise NotImplementedError
+
+
+def initialise(model: nn.Module, std: Callable[[str], float], seed: int) -> None:
+    """Draws every parameter from one generator of its own: weights and embeddings normal, biases 0, norms 1.
+
+    Args:
+        model: Its parameters are overwritten in place.
+        std: Standard deviation of the weights by parameter name.
+        seed: Of the generator; the global one is left alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    norms = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm))}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # a tied one comes once
+            if name in norms:
+                parameter.fill_(1)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                assert parameter.dim() >= 2, f"no rule to initialise {name}"
+                if not parameter.is_meta:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std(name))
+
+
+def check_sizes(**sizes: float) -> None:
+    """Raises ValueError for the first size that is not positive."""
+    for name, value in sizes.items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}: it must be positive")
+
+
+class ClassicGPT(GPT):
+    """GPT-2's decoder (Radford et al. 2019): learned positions, LayerNorm, GELU, biases; an untied head.
+
+    Args:
+        vocab_size: Tokens V in the vocabulary.
+        block_size: Most positions T.
+        n_layer: Blocks.
+        n_head: Heads in a block; must divide n_embd.
+        n_embd: Width C.
+        dropout: On embeddings, attention probabilities and both branches of a block.
+        seed: Of the initial weights: N(0, 0.02), the products that feed the residual stream scaled by
+            1 / sqrt(2 n_layer), as in GPT-2.
+    """
+
+    def __init__(
+        self, vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float, seed: int
+    ):
+        super().__init__()
+        check_sizes(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        self.block_size = block_size
+        self.token_embedding = nn.Embedding(vocab_size, n_embd)
+        self.position_embedding = nn.Embedding(block_size, n_embd)
+        self.dropout = Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            Block(
+                nn.LayerNorm(n_embd),
+                CausalSelfAttention(n_embd, n_head, dropout, bias=True),
+                nn.LayerNorm(n_embd),
+                GeluMLP(n_embd),
+                dropout,
+            )
+            for _ in range(n_layer)
+        )
+        self.norm = nn.LayerNorm(n_embd)
+        self.head = nn.Linear(n_embd, vocab_size, bias=False)
+        to_residual = ("attention.out.weight", "feed_forward.down.weight")
+        initialise(self, lambda name: 0.02 / math.sqrt(2 * n_layer) if name.endswith(to_residual) else 0.02, seed)
+
+    def embed(self, ids: Tensor, start: int) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[start : start + ids.size(1)]
+
+    def embedding_lookups(self) -> int:
+        return self.token_embedding.weight.numel() + self.position_embedding.weight.numel()
+
+
+class ModernGPT(GPT):
+    """Llama's decoder (Touvron et al. 2023) with a tied head: RMSNorm, RoPE, SwiGLU or a mixture of such experts.
+
+    Args:
+        vocab_size: Tokens V in the vocabulary.
+        block_size: Most positions T.
+        n_layer: Blocks.
+        n_head: Heads in a block; must divide n_embd.
+        n_embd: Width C.
+        dropout: On embeddings, attention probabilities and both branches of a block.
+        rope_theta: Base of the rotary wavelengths.
+        rms_norm_eps: Added to the mean square under the root.
+        ffn_mult: Hidden width of a feed-forward net, or of one expert, in units of n_embd.
+        n_experts: Experts in each block; 0 for one dense feed-forward net.
+        moe_top_k: Experts that a token chooses.
+        moe_gate: How the chosen are weighed; see `moe.MoE`.
+        seed: Of the initial weights, N(0, 0.02) everywhere.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        block_size: int,
+        n_layer: int,
+        n_head: int,
+        n_embd: int,
+        dropout: float,
+        rope_theta: float,
+        rms_norm_eps: float,
+        ffn_mult: float,
+        n_experts: int,
+        moe_top_k: int,
+        moe_gate: Gate,
+        seed: int,
+    ):
+        super().__init__()
+        check_sizes(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, rope_theta=rope_theta)
+        hidden = int(ffn_mult * n_embd)
+        check_sizes(rms_norm_eps=rms_norm_eps, ffn_mult=hidden)
+        if n_experts < 0:
+            raise ValueError(f"n_experts is {n_experts}: it must be 0, for a dense model, or more")
+        self.block_size = block_size
+        self.token_embedding = nn.Embedding(vocab_size, n_embd)
+        self.dropout = Dropout(dropout)
+        rope = Rope(n_embd // n_head, block_size, rope_theta)
+        self.blocks = nn.ModuleList(
+            Block(
+                nn.RMSNorm(n_embd, rms_norm_eps),
+                CausalSelfAttention(n_embd, n_head, dropout, bias=False, rope=rope),
+                nn.RMSNorm(n_embd, rms_norm_eps),
+                MoE(n_embd, hidden, n_experts, moe_top_k, moe_gate) if n_experts else SwiGLU(n_embd, hidden),
+                dropout,
+            )
+            for _ in range(n_layer)
+        )
+        self.norm = nn.RMSNorm(n_embd, rms_norm_eps)
+        self.head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.head.weight = self.token_embedding.weight
+        initialise(self, lambda name: 0.02, seed)
+
+    def embed(self, ids: Tensor, start: int) -> Tensor:
+        return self.token_embedding(ids)
+
+    def embedding_lookups(self) -> int:
+        return 0  # the one table is looked up at the bottom and multiplied at the top
+
+
+def nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood in nats of each target (B, T) under logits (B, T, V), in fp32; 0 where it is -100."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)

@@ -1,0 +1,300 @@
+"""The GPTs as Lightning modules: loss, checks, update, and which settings may change under a checkpoint.
+
+What a model computes is in `models`; what happens beside the loop (logging, saving, stopping) in `callbacks`.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from minigpt_pl.checkpoint import check_sizes_fit, read_checkpoint
+from minigpt_pl.errors import InputError
+from minigpt_pl.generation import Sampling, generate
+from minigpt_pl.models import GPT, ClassicGPT, ModernGPT, nll
+from minigpt_pl.moe import Gate
+from minigpt_pl.optim import Schedule, build_optimizer, lr_factor
+
+
+class LanguageModel(LightningModule, ABC):
+    """A GPT that learns the next token; `ClassicLM` and `ModernLM` say which.
+
+    Args:
+        net: The model.
+        lr: Peak learning rate.
+        weight_decay: On every parameter.
+        schedule: cosine (after a warm-up) or constant.
+        compile: Compile the model with torch.compile.
+    """
+
+    may_change: ClassVar[frozenset[str]] = frozenset({"lr", "weight_decay", "schedule", "dropout", "compile"})
+    """Settings under which trained weights still compute the same function."""
+
+    net: GPT
+
+    @abstractmethod
+    def __init__(self, net: GPT, lr: float, weight_decay: float, schedule: Schedule, compile: bool):
+        super().__init__()
+        if not (lr > 0 and math.isfinite(lr)):
+            raise InputError(f"model.lr is {lr}: it must be positive")
+        if not (weight_decay >= 0 and math.isfinite(weight_decay)):
+            raise InputError(f"model.weight_decay is {weight_decay}: it must be 0 or positive")
+        self.net = net
+        self.lr, self.weight_decay, self.schedule = lr, weight_decay, schedule
+        if compile:
+            self.net.compile()  # in place: the names in a checkpoint stay as they are
+        self.stop_requested = False
+        """Set by a callback at the end of a step: no further step is begun."""
+        self.figures: dict[str, float] = {}
+        """What the last check found, under the names that are logged."""
+        self.sampling = Sampling()
+        self._tallies: list[list[tuple[Tensor, Tensor]]] = []
+        for name in ("loss_sum", "aux_sum", "norm_sum"):  # over the steps since they were last read
+            self.register_buffer(name, torch.zeros(()), persistent=False)
+
+    loss_sum: Tensor
+    aux_sum: Tensor
+    norm_sum: Tensor
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **settings: Any) -> Any:
+        """The model of a checkpoint, in eval mode on the CPU; nothing in the file is executed.
+
+        Args:
+            checkpoint_path: The file.
+            args: None; Lightning's other options do not apply.
+            settings: Override the stored ones, for those that may change.
+
+        Raises:
+            InputError: If the file is no whole checkpoint, or one of another class.
+        """
+        assert not args, "name the settings"
+        return from_checkpoint(read_checkpoint(checkpoint_path), cls, **settings)
+
+    # Training.
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.net, self.lr, self.weight_decay)
+
+    def on_train_start(self) -> None:
+        for group in self.trainer.optimizers[0].param_groups:  # those of a checkpoint may be outdated
+            group["weight_decay"] = self.weight_decay
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        if self.stop_requested:
+            return -1  # Lightning's word for: no more steps
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.lr * lr_factor(self.schedule, self.trainer.global_step, self.trainer.max_steps)
+        return None
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        logits, aux = self.net(inputs)
+        loss = nll(logits, targets).mean()
+        self.loss_sum += loss.detach()
+        self.aux_sum += aux.detach()
+        return self.whole_loss(loss, aux)
+
+    def whole_loss(self, loss: Tensor, aux: Tensor) -> Tensor:
+        """What is minimised: the cross-entropy, unless an heir adds to it."""
+        return loss
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        # Lightning's own clipping keeps the norm to itself; it is logged, and tells of divergence.
+        limit = math.inf if gradient_clip_val is None else gradient_clip_val
+        self.norm_sum += torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+
+    def sums(self) -> list[Tensor]:
+        """Of the steps since they were last zeroed: losses, aux losses, gradient norms; all on the device."""
+        return [self.loss_sum, self.aux_sum, self.norm_sum]
+
+    def is_finite(self) -> bool:
+        """Whether the losses and gradients since the last reading, and all weights, are finite numbers."""
+        weights = [p.detach().float().sum() for p in self.net.parameters()]
+        return bool(torch.stack(self.sums() + weights).isfinite().all())
+
+    # Checks.
+
+    def nll_of_windows(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Summed negative log-likelihood in nats of each window's targets, (B,), in fp32."""
+        return nll(self.net(inputs)[0], targets).sum(-1)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        inputs, targets, counts = batch
+        while len(self._tallies) <= dataloader_idx:
+            self._tallies.append([])
+        self._tallies[dataloader_idx].append((self.nll_of_windows(inputs, targets), counts))
+
+    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self._close_check("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._close_check("test")
+
+    def _close_check(self, part: str) -> None:
+        tallies, self._tallies = self._tallies, []
+        self.figures = self._summarise(tallies[0], part)
+        if len(tallies) > 1:  # the seed document's method estimates the train part too
+            self.figures["train/eval_loss"] = self._summarise(tallies[1], "train")["train/loss"]
+        self.log_dict(self.figures, logger=False, sync_dist=self.trainer.world_size > 1)
+
+    def _summarise(self, tally: list[tuple[Tensor, Tensor]], part: str) -> dict[str, float]:
+        """Loss, nats per character, bits per byte and perplexity over all devices; counted in fp64 on the CPU."""
+        nats, counts = (torch.cat(columns) for columns in zip(*tally, strict=True))
+        if self.trainer.world_size > 1:
+            nats, counts = self.all_gather(nats).flatten(), self.all_gather(counts).flatten(0, 1)
+        nats = nats.cpu().double()
+        means = []
+        for count in counts.cpu().T:  # tokens, characters, bytes
+            mean = MeanMetric(nan_strategy="disable", sync_on_compute=False).set_dtype(torch.float64)
+            mean.update(nats / count.clamp(min=1), count)
+            means.append(mean.compute())
+        loss, per_character, per_byte = means
+        values = {
+            "loss": loss,
+            "nats_per_char": per_character,
+            "bits_per_byte": per_byte / math.log(2),
+            "perplexity": loss.exp(),
+        }
+        return {f"{part}/{name}": value.float().item() for name, value in values.items()}
+
+    def step_figures(self) -> dict[str, float]:
+        """What only this kind of model has to log about the last step."""
+        return {}
+
+    # Text.
+
+    def predict_step(self, batch: list[int], batch_idx: int) -> Iterator[list[int]]:
+        return generate(self.net, batch, self.sampling)
+
+
+class ClassicLM(LanguageModel):
+    """GPT-2's decoder, small: learned positions, LayerNorm, GELU.
+
+    Args:
+        vocab_size: Follows the tokenizer.
+        lr: Peak learning rate.
+        dropout: On embeddings, attention probabilities and both branches of a block.
+        weight_decay: On every parameter.
+        n_layer: Blocks.
+        n_head: Attention heads; must divide n_embd.
+        n_embd: Width.
+        block_size: Tokens of context.
+        schedule: cosine (after a warm-up) or constant.
+        compile: Compile the model with torch.compile.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        lr: float,
+        dropout: float,
+        weight_decay: float,
+        n_layer: int = 4,
+        n_head: int = 4,
+        n_embd: int = 128,
+        block_size: int = 128,
+        schedule: Schedule = "cosine",
+        compile: bool = False,
+    ):
+        net = ClassicGPT(vocab_size, block_size, n_layer, n_head, n_embd, dropout, seed=torch.initial_seed())
+        super().__init__(net, lr, weight_decay, schedule, compile)
+
+
+class ModernLM(LanguageModel):
+    """Llama's decoder, small: RMSNorm, RoPE, SwiGLU, tied head; with n_experts a sparse mixture of experts.
+
+    Args:
+        vocab_size: Follows the tokenizer.
+        lr: Peak learning rate.
+        dropout: On embeddings, attention probabilities and both branches of a block.
+        weight_decay: On every parameter.
+        n_layer: Blocks.
+        n_head: Attention heads; must divide n_embd.
+        n_embd: Width.
+        block_size: Tokens of context.
+        rope_theta: Base of the rotary wavelengths.
+        rms_norm_eps: Added to the mean square under the root.
+        ffn_mult: Hidden width of a feed-forward net, or of one expert, in units of n_embd.
+        n_experts: Experts in each block; 0 for one dense net.
+        moe_top_k: Experts that a token chooses.
+        moe_gate: softmax_all lets the router learn from the text; softmax_selected at moe_top_k 1 does not.
+        moe_aux_loss_coef: Weight of the balance loss in what is minimised.
+        schedule: cosine (after a warm-up) or constant.
+        compile: Compile the model with torch.compile.
+    """
+
+    may_change = LanguageModel.may_change | {"moe_aux_loss_coef"}
+
+    def __init__(
+        self,
+        vocab_size: int,
+        lr: float,
+        dropout: float,
+        weight_decay: float,
+        n_layer: int = 4,
+        n_head: int = 4,
+        n_embd: int = 128,
+        block_size: int = 128,
+        rope_theta: float = 10000.0,
+        rms_norm_eps: float = 1e-8,
+        ffn_mult: float = 2.0,
+        n_experts: int = 0,
+        moe_top_k: int = 1,
+        moe_gate: Gate = "softmax_all",
+        moe_aux_loss_coef: float = 0.0015,
+        schedule: Schedule = "cosine",
+        compile: bool = False,
+    ):
+        net = ModernGPT(
+            vocab_size, block_size, n_layer, n_head, n_embd, dropout, rope_theta, rms_norm_eps, ffn_mult,
+            n_experts, moe_top_k, moe_gate, seed=torch.initial_seed(),
+        )  # fmt: skip
+        super().__init__(net, lr, weight_decay, schedule, compile)
+        if not (moe_aux_loss_coef >= 0 and math.isfinite(moe_aux_loss_coef)):
+            raise InputError(f"model.moe_aux_loss_coef is {moe_aux_loss_coef}: it must be 0 or positive")
+        self.moe_aux_loss_coef = moe_aux_loss_coef
+
+    def whole_loss(self, loss: Tensor, aux: Tensor) -> Tensor:
+        return loss + self.moe_aux_loss_coef * aux
+
+    def step_figures(self) -> dict[str, float]:
+        routings = [moe.last_routing for moe in self.net.moe_layers() if moe.last_routing is not None]
+        if not routings:
+            return {}
+        shares, probabilities = (torch.stack(parts).cpu() for parts in zip(*routings, strict=True))  # (layers, E)
+        entropy = -(probabilities * probabilities.clamp(min=1e-30).log()).sum(-1).mean()
+        figures = {"moe/entropy": entropy.item(), "moe/dead_experts": float((shares == 0).sum())}
+        for layer, layer_shares in enumerate(shares.tolist()):
+            for expert, share in enumerate(layer_shares):
+                figures[f"moe/load_{layer}_{expert}"] = share
+        return figures
+
+
+def from_checkpoint(saved: dict[str, Any], expected: type[LanguageModel] = LanguageModel, **settings: Any) -> LanguageModel:
+    """The model of a checkpoint that `read_checkpoint` has read, in eval mode on the CPU.
+
+    Args:
+        saved: The checkpoint.
+        expected: The class it must be of.
+        settings: Override the stored ones.
+    """
+    classes = {f"{cls.__module__}.{cls.__name__}": cls for cls in (ClassicLM, ModernLM)}
+    model = saved["settings"]["model"]
+    if model["class_path"] not in classes or not issubclass(classes[model["class_path"]], expected):
+        raise InputError(f"the checkpoint holds a {model['class_path']}, not a {expected.__name__}")
+    arguments = {**model["init_args"], **settings, "vocab_size": saved["vocab_size"]}
+    check_sizes_fit(saved)
+    built = classes[model["class_path"]](**arguments)
+    built.load_state_dict(saved["state_dict"])
+    return built.eval()

@@ -1,0 +1,72 @@
+"""A sparse mixture of SwiGLU experts: router, dispatch, balance loss, load.
+
+Only the experts that a token chose are computed. Where its aux loss is added to the loss is in `modules`.
+
+Shapes: N tokens, C = n_embd, E experts, K chosen by each token, F hidden width of an expert.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minigpt_pl.layers import swiglu
+
+Gate = Literal["softmax_all", "softmax_selected"]
+
+
+class MoE(nn.Module):
+    """Top-k mixture of experts, dropless; returns (y, aux loss).
+
+    Args:
+        n_embd: Width C.
+        hidden: Hidden width F of one expert.
+        n_experts: Experts E.
+        top_k: Experts K that a token chooses.
+        gate: softmax_all weighs the chosen by the softmax over all experts (Switch, arXiv 2101.03961), so that the
+            router learns from the language-model loss even at top_k 1; softmax_selected by the softmax over the
+            chosen alone (Mixtral, arXiv 2401.04088), which at top_k 1 is the constant 1.
+    """
+
+    def __init__(self, n_embd: int, hidden: int, n_experts: int, top_k: int, gate: Gate):
+        super().__init__()
+        if not 1 <= top_k <= n_experts:
+            raise ValueError(f"moe_top_k is {top_k}: it must be at least 1 and at most n_experts, {n_experts}")
+        if gate not in ("softmax_all", "softmax_selected"):
+            raise ValueError(f"moe_gate is {gate}: it must be softmax_all or softmax_selected")
+        self.n_experts, self.top_k, self.gate = n_experts, top_k, gate
+        self.router = nn.Linear(n_embd, n_experts, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * hidden, n_embd))
+        self.down = nn.Parameter(torch.empty(n_experts, n_embd, hidden))
+        self.last_routing: tuple[Tensor, Tensor] | None = None
+        """Of the last forward pass, detached: share of the token-choice pairs (E,), mean router probability (E,)."""
+
+    def route(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights (N, K) and indices (N, K) of the chosen experts, and the aux loss.
+
+        The aux loss is E * sum_e(share_e * mean probability_e): 1 when all experts share alike, E when one has all.
+        """
+        logits_NE = self.router(x_NC).float()
+        probs_NE = logits_NE.softmax(-1)
+        weights_NK, chosen_NK = probs_NE.topk(self.top_k, sorted=True)
+        if self.gate == "softmax_selected":
+            weights_NK = logits_NE.gather(1, chosen_NK).softmax(-1)
+        share_E = F.one_hot(chosen_NK, self.n_experts).sum((0, 1)).float() / chosen_NK.numel()
+        mean_E = probs_NE.mean(0)
+        self.last_routing = share_E, mean_E.detach()
+        return weights_NK, chosen_NK, self.n_experts * (share_E * mean_E).sum()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x_NC = x.flatten(0, -2)
+        weights_NK, chosen_NK, aux = self.route(x_NC)
+        order = chosen_NK.flatten().argsort(stable=True)  # token-choice pairs, sorted by expert
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device))
+        counts = F.one_hot(chosen_NK.flatten(), self.n_experts).sum(0).tolist()  # the one wait for the device
+        rows = x_NC.index_select(0, order // self.top_k).split(counts)
+        sorted_y = torch.cat(
+            [F.linear(swiglu(F.linear(row, up)), down) for row, up, down in zip(rows, self.gate_up, self.down, strict=True)]
+        )
+        y_NKC = sorted_y.index_select(0, place).view(*chosen_NK.shape, -1)
+        y_NC = (y_NKC * weights_NK.unsqueeze(-1).type_as(y_NKC)).sum(1)
+        return y_NC.view_as(x), aux

@@ -1,0 +1,139 @@
+"""What a run leaves at its end: summary.json, and a short table for the terminal.
+
+The figures are counted in `modules` and `callbacks`; here they are only put together.
+"""
+
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from minigpt_pl.callbacks import TrainFigures
+from minigpt_pl.errors import Diverged
+from minigpt_pl.stopping import StopEarly, StopTraining
+from minigpt_pl.text import write_atomically
+
+ENDS_BY_ITSELF = ("completed", "early_stopping", "time_limit")
+
+
+def git_commit() -> str | None:
+    """The commit of the package's checkout, or None; "-dirty" where files differ from it."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+class RunSummary(Callback):
+    """Follows the best check and writes summary.json when the run ends, however it ends.
+
+    Args:
+        settings: The whole resolved configuration.
+        parent: The checkpoint that a branch starts from, or None.
+        parent_step: Its step.
+    """
+
+    def __init__(self, settings: dict[str, Any], parent: str | None, parent_step: int | None):
+        self.settings = settings
+        self.parent, self.parent_step = parent, parent_step
+        self.best: dict[str, Any] = {"best_val": None, "best_step": None, "best_nats_per_char": None, "best_bits_per_byte": None}
+        self.final_val: float | None = None
+        self.written: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "final_val": self.final_val, "parent": self.parent, "parent_step": self.parent_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.__dict__.update(state_dict)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.final_val = pl_module.figures["val/loss"]
+        if self.best["best_val"] is None or self.final_val < self.best["best_val"]:
+            self.best = {
+                "best_val": self.final_val,
+                "best_step": trainer.global_step,
+                "best_nats_per_char": pl_module.figures["val/nats_per_char"],
+                "best_bits_per_byte": pl_module.figures["val/bits_per_byte"],
+            }
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stops = _find(trainer, StopTraining)
+        early = next((c for c in trainer.callbacks if isinstance(c, StopEarly)), None)
+        reason = stops.reason or ("early_stopping" if early and early.has_run_out else "completed")
+        self._write(trainer, pl_module, reason)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._write(trainer, pl_module, "diverged" if isinstance(exception, Diverged) else "error")
+
+    @torch.no_grad()
+    def _final_train_loss(self, trainer: Trainer, pl_module: Any) -> float:
+        training, nats, tokens = pl_module.net.training, 0.0, 0
+        pl_module.net.eval()
+        for inputs, targets, counts in trainer.datamodule.final_batches():
+            nll = pl_module.nll_of_windows(inputs.to(pl_module.device), targets.to(pl_module.device))
+            nats, tokens = nats + nll.cpu().double().sum().item(), tokens + int(counts[:, 0].sum())
+        pl_module.net.train(training)
+        return nats / tokens
+
+    def _write(self, trainer: Trainer, pl_module: Any, reason: str) -> None:
+        figures, seconds = _find(trainer, TrainFigures), _find(trainer, StopTraining).seconds()
+        final_train = self._final_train_loss(trainer, pl_module) if reason in ENDS_BY_ITSELF else None
+        if not trainer.is_global_zero:
+            return
+        data, net = trainer.datamodule, pl_module.net
+        summary = self.best | {
+            "final_train_loss": final_train,
+            "final_val_loss": self.final_val,
+            "total_steps": trainer.global_step,
+            "stop_reason": reason,
+            "params_total": net.params_total(),
+            "params_active": net.params_active(),
+            "tokens_seen": figures.tokens_seen,
+            "wall_seconds": seconds,
+            "tokens_per_s": figures.tokens_per_s,
+            "seed": data.seed,
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "data_sha256": data.text_info.sha256,
+            "tokenizer_sha256": data.tokenizer.sha256,
+            "parent": self.parent,
+            "parent_step": self.parent_step,
+            "config": self.settings,
+        }
+        write_atomically(Path(trainer.default_root_dir, "summary.json"), json.dumps(summary, indent=2).encode())
+        self.written = summary
+
+
+def versions() -> dict[str, str]:
+    names = ("minigpt_pl", "torch", "lightning", "jsonargparse", "torchmetrics", "tokenizers", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def _find(trainer: Trainer, kind: type[Any]) -> Any:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))
+
+
+def table(summary: dict[str, Any], run_dir: Path) -> str:
+    """The end of a run in a few lines."""
+    best = "none: no check was made"
+    if summary["best_val"] is not None:
+        best = f"{summary['best_val']:.4f} nats/token, {summary['best_nats_per_char']:.4f} nats/char at step {summary['best_step']}"
+    speed = f"{summary['tokens_per_s']:,.0f} tokens/s, " if summary["tokens_per_s"] else ""
+    rows = {
+        "best val/loss": best,
+        "stopped": f"{summary['stop_reason']} after step {summary['total_steps']}",
+        "speed": f"{speed}{summary['wall_seconds']:.0f} s in all",
+        "model": f"{summary['params_total']:,} parameters, {summary['params_active']:,} active",
+        "files": f"{run_dir}",
+    }
+    return "\n".join(f"  {name:14}{value}" for name, value in rows.items())
