@@ -8,6 +8,7 @@ import argparse
 import secrets
 import sys
 import warnings
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,25 @@ def run(command: str, options: list[str]) -> int:
     finally:
         signals.defer(False)
         signals.before_leaving.clear()
+
+
+@dataclass
+class Sample(Sampling):
+    """What `predict` continues, and how.
+
+    Args:
+        prompt: What to continue; a newline unless given.
+        prompt_file: A file of prompts, one a line.
+        max_new_tokens: Tokens to add to a prompt.
+        temperature: Divides the logits; 0 always takes the likeliest token.
+        top_k: Choose among the k likeliest; 0 for all.
+        top_p: Choose among the likeliest that together reach this probability; 1 for all.
+        seed: Of the choices; with the prompt and the sample's number it decides the text.
+        num_samples: Continuations of each prompt.
+    """
+
+    prompt: str = ""
+    prompt_file: str = ""
 
 
 class MiniGPTCLI(LightningCLI):
@@ -118,17 +138,15 @@ class MiniGPTCLI(LightningCLI):
             parser.add_argument("--samples", type=SampleText | None, default=None, help="samples.txt; null is none.")
             parser.add_argument("--wandb", type=Wandb | None, default=Wandb(), help="Weights & Biases; null is off.")
         if self.command == "predict":
-            parser.add_argument("--sample.prompt", type=str, default="", help="What to continue; a newline unless given.")
-            parser.add_argument("--sample.prompt_file", type=str, default="", help="Prompts, one a line.")
-            parser.add_class_arguments(Sampling, "sample")
+            parser.add_class_arguments(Sample, "sample")
         parser.add_argument("--trainer.help", action="help", help="Show this help with all settings of the Trainer.")
 
     # What is meant.
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        if "--trainer.help" not in self.options:
-            helptext.shorten(self._parser(self.command))
         asks_for_help = any(option == "-h" or option.startswith("--") and option.endswith("help") for option in self.options)
+        if asks_for_help and "--trainer.help" not in self.options:
+            helptext.shorten(self._parser(self.command))
         places = self.find_places()
         settings: dict[str, Any] = {}
         if places["ckpt_path"]:
@@ -159,7 +177,7 @@ class MiniGPTCLI(LightningCLI):
             raise InputError("model.vocab_size follows the tokenizer: leave it out")
         self.settings = self.as_settings(config)
         if self.saved:
-            self.compare_with_checkpoint(settings)
+            self.compare_with_checkpoint({key: self.saved["settings"][key] for key in settings})
         if self.fits:
             if config.trainer.max_steps < 1:
                 raise InputError(f"trainer.max_steps is {config.trainer.max_steps}: it must be at least 1")
@@ -265,7 +283,7 @@ class MiniGPTCLI(LightningCLI):
                 raise InputError("data.test_frac is 0: there is no test part; give the share of the text that is kept for it")
         if self.command == "predict":
             self.datamodule.prompts = helptext.prompts(init.sample.prompt, init.sample.prompt_file)
-            self.model.sampling = Sampling(**{k: v for k, v in vars(init.sample).items() if not k.startswith("prompt")})
+            self.model.sampling = init.sample
 
     # What is done.
 
