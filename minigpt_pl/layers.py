@@ -5,9 +5,29 @@ Pure torch. The experts are in `moe`, the assemblies in `models`.
 Shapes: B batch, T positions, C = n_embd, H heads, D = C // H, F hidden width of a feed-forward net, V vocabulary.
 """
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def draws_own_masks(x: Tensor) -> bool:
+    """Whether dropout draws its masks here: torch draws them on one thread of a CPU, which costs a third of a step."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+
+
+def scaled_mask(shape: torch.Size, p: float) -> Tensor:
+    """1 / (1 - p) where an element stays and 0 where it goes, fp32 on the CPU; p is kept to 16 bits.
+
+    Four elements share one 64-bit number of the default generator. The full range must be asked for: `random_()` alone
+    leaves the top bit of each number unset.
+    """
+    count = math.prod(shape)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
+    stays = bits.view(torch.int16)[:count].view(shape) >= round(p * 2**16) - 2**15
+    return stays.to(torch.float32).mul_(1 / (1 - p))
 
 
 class Dropout(nn.Module):
@@ -19,8 +39,14 @@ class Dropout(nn.Module):
             raise ValueError(f"dropout is {p}: it must be at least 0 and below 1")
         self.p = p
 
+    @property
+    def is_active(self) -> bool:
+        return self.training and self.p > 0
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.p, self.training)
+        if not self.is_active:
+            return x
+        return x * scaled_mask(x.shape, self.p) if draws_own_masks(x) else F.dropout(x, self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -75,16 +101,55 @@ class LayerCache:
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
 
+class DroppedAttention(torch.autograd.Function):
+    """Causal attention with dropout on its probabilities, block of queries by block, for `draws_own_masks`.
+
+    A block reads only the keys up to its last query, and its matrices are small enough for the allocator to reuse.
+    The gradient takes each row's sum of dP * P as dO * O, as FlashAttention does (Dao et al., arXiv 2205.14135).
+    """
+
+    block = 64
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:  # all (N, T, D), N = B * H
+        T, block = q.size(1), DroppedAttention.block
+        future = torch.full((T, T), -math.inf).triu_(1)
+        q, y, kept = q * q.size(-1) ** -0.5, torch.empty_like(q), []
+        for start in range(0, T, block):
+            stop = min(start + block, T)
+            weights = torch.baddbmm(future[start:stop, :stop], q[:, start:stop], k[:, :stop].mT).softmax(-1)
+            dropped = scaled_mask(weights.shape, p).mul_(weights)
+            y[:, start:stop] = dropped @ v[:, :stop]
+            kept += [weights, dropped]
+        ctx.save_for_backward(q, k, v, y, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, y, *kept = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        row_sums = (dy * y).sum(-1, keepdim=True)
+        T, block = q.size(1), DroppedAttention.block
+        for start, weights, dropped in zip(range(0, T, block), kept[::2], kept[1::2], strict=True):
+            stop = min(start + block, T)
+            dv[:, :stop].baddbmm_(dropped.mT, dy[:, start:stop])
+            scores = (dy[:, start:stop] @ v[:, :stop].mT).mul_(dropped)
+            scores.addcmul_(weights, row_sums[:, start:stop], value=-1)
+            dq[:, start:stop] = scores @ k[:, :stop]
+            dk[:, :stop].baddbmm_(scores.mT, q[:, start:stop])
+        return dq.mul_(q.size(-1) ** -0.5), dk, dv, None
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: Dropout) -> Tensor:
     """Causal scaled dot-product attention; q, k, v (B, H, T, D) -> (B, H, T, D).
 
     With fewer queries than keys (cached generation) the one query is the last position and sees every key.
     """
     assert q.size(2) in (1, k.size(2)), "a cache is either empty or read one position at a time"
-    causal = q.size(2) > 1
-    return F.scaled_dot_product_attention(
-        q, k, v, is_causal=causal, dropout_p=dropout.p if dropout.training else 0.0
-    )
+    if dropout.is_active and draws_own_masks(q):
+        return DroppedAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), dropout.p).view_as(q)
+    p = dropout.p if dropout.is_active else 0.0
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, dropout_p=p)
 
 
 class CausalSelfAttention(nn.Module):
@@ -112,10 +177,11 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         if self.rope is None:
-            q, k = qkv[:, :, 0], qkv[:, :, 1]
+            q, k, v = qkv.unbind(2)
         else:
-            q, k = self.rope(qkv[:, :, :2], cache.length if cache else 0).unbind(2)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, qkv[:, :, 2]))  # (B, H, T, D)
+            qk, v = qkv.split([2, 1], 2)
+            (q, k), v = self.rope(qk, cache.length if cache else 0).unbind(2), v.squeeze(2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.extend(k, v)
         y = attend(q, k, v, self.dropout)  # (B, H, T, D)
