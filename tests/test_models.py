@@ -1,0 +1,290 @@
+"""The GPTs: the functions of public models to the digit, blind to the future, initialised and learning as they should.
+
+Their parts alone are in test_layers and test_moe; the losses of a training run in test_golden.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import KINDS, VOCAB, build, lively, redraw, some_ids
+from torch import Tensor, nn
+
+from minigpt_pl.models import nll
+from minigpt_pl.optim import build_optimizer
+
+# Parity with Hugging Face's models, built from configurations; their weights are copied into ours.
+
+SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0}
+LLAMA = SIZES | {
+    "num_key_value_heads": 4, "intermediate_size": 64, "max_position_embeddings": 16, "eos_token_id": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "rms_norm_eps": 1e-3, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(**SIZES, n_positions=16, eos_token_id=0, tie_word_embeddings=False)
+    return GPT2LMHeadModel(config)
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**LLAMA))
+
+
+def mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2))
+
+
+def qwen2_moe() -> nn.Module:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(
+        **LLAMA, num_experts=4, num_experts_per_tok=1, norm_topk_prob=False, qkv_bias=False,
+        moe_intermediate_size=64, shared_expert_intermediate_size=8,
+    )  # fmt: skip
+    return Qwen2MoeForCausalLM(config)
+
+
+def of_gpt2(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """GPT-2's weights under our names; its products store their weights (in, out)."""
+    ours = {
+        "token_embedding.weight": theirs["transformer.wte.weight"],
+        "position_embedding.weight": theirs["transformer.wpe.weight"],
+        "norm.weight": theirs["transformer.ln_f.weight"],
+        "norm.bias": theirs["transformer.ln_f.bias"],
+        "head.weight": theirs["lm_head.weight"],
+    }
+    names = {
+        "ln_1": "norm_1", "ln_2": "norm_2", "attn.c_attn": "attention.qkv", "attn.c_proj": "attention.out",
+        "mlp.c_fc": "feed_forward.up", "mlp.c_proj": "feed_forward.down",
+    }  # fmt: skip
+    for layer in range(2):
+        for name, our_name in names.items():
+            for kind in ("weight", "bias"):
+                ours[f"blocks.{layer}.{our_name}.{kind}"] = theirs[f"transformer.h.{layer}.{name}.{kind}"].t()
+    return ours
+
+
+def of_llama(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of Llama, Mixtral and Qwen2-MoE under our names."""
+    ours = {
+        "token_embedding.weight": theirs["model.embed_tokens.weight"],
+        "head.weight": theirs["lm_head.weight"],
+        "norm.weight": theirs["model.norm.weight"],
+    }
+    for layer in range(2):
+        part = {name.split(".", 3)[3]: w for name, w in theirs.items() if name.startswith(f"model.layers.{layer}.")}
+        new = {
+            "norm_1.weight": part["input_layernorm.weight"],
+            "norm_2.weight": part["post_attention_layernorm.weight"],
+            "attention.qkv.weight": torch.cat([part[f"self_attn.{x}_proj.weight"] for x in "qkv"]),
+            "attention.out.weight": part["self_attn.o_proj.weight"],
+        }
+        if "mlp.gate.weight" in part:
+            new["feed_forward.router.weight"] = part["mlp.gate.weight"]
+            new["feed_forward.gate_up"] = part["mlp.experts.gate_up_proj"]
+            new["feed_forward.down"] = part["mlp.experts.down_proj"]
+        else:
+            new["feed_forward.gate_up.weight"] = torch.cat([part[f"mlp.{x}_proj.weight"] for x in ("gate", "up")])
+            new["feed_forward.down.weight"] = part["mlp.down_proj.weight"]
+        ours |= {f"blocks.{layer}.{name}": weight for name, weight in new.items()}
+    return ours
+
+
+@pytest.mark.parametrize(
+    ("their_model", "kind", "gate"),
+    [
+        (gpt2, "classic", {}),
+        (llama, "dense", {}),
+        (mixtral, "mixtral", {"moe_gate": "softmax_selected"}),
+        (qwen2_moe, "switch", {"moe_gate": "softmax_all"}),
+    ],
+)
+@torch.no_grad()
+def test_logits_are_those_of_hugging_face(their_model: Any, kind: str, gate: dict[str, str]) -> None:
+    theirs = their_model().eval()
+    redraw(theirs)
+    for name, parameter in theirs.named_parameters():
+        if "shared_expert." in name:  # Qwen2-MoE's; we have none
+            parameter.zero_()
+    ours = build(kind, **({} if kind == "classic" else {"rms_norm_eps": 1e-3}), **gate)
+    ours.load_state_dict((of_gpt2 if kind == "classic" else of_llama)(theirs.state_dict()))
+    ids = some_ids(3, 16)
+    expected = theirs(ids).logits
+    assert expected.std() > 0.5, "logits this small would agree by themselves"
+    torch.testing.assert_close(ours(ids)[0], expected, atol=1e-4, rtol=0)
+
+
+# Causality: the past does not know the future.
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_changes_no_earlier_logit(kind: str, mode: str) -> None:
+    model = lively(kind, dropout=0.2).train(mode == "train")
+    ids = some_ids(2, 16)
+
+    def logits(ids: Tensor) -> Tensor:
+        torch.default_generator.manual_seed(5)  # the same dropout masks
+        return model(ids)[0]
+
+    before = logits(ids)
+    for place in (1, 9, 15):
+        changed = ids.clone()
+        changed[:, place] = (changed[:, place] + 7) % VOCAB
+        after = logits(changed)
+        assert torch.equal(after[:, :place], before[:, :place])
+        assert (after[:, place] - before[:, place]).abs().amax() > 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_what_a_cache_holds_of_the_past_does_not_know_the_future(kind: str) -> None:
+    model, ids = lively(kind), some_ids(2, 16)
+
+    def logits_after_rewinding(end: Tensor) -> Tensor:
+        cache = model.new_cache()
+        model(torch.cat([ids[:, :8], end], 1), cache)  # the past and a future in one piece
+        for layer in cache:
+            layer.length = 8
+        return torch.cat([model(ids[:, place : place + 1], cache)[0] for place in range(8, 16)], 1)
+
+    assert torch.equal(logits_after_rewinding(some_ids(2, 6, seed=1)), logits_after_rewinding(some_ids(2, 6, seed=2)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_cache_changes_no_logit(kind: str) -> None:
+    model, ids = lively(kind), some_ids(3, 16)
+    whole, cache = model(ids)[0], model.new_cache()
+    pieces = [model(ids[:, :5], cache)[0]] + [model(ids[:, place : place + 1], cache)[0] for place in range(5, 16)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole[:, 4:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_positions_than_the_block_size_are_refused(kind: str) -> None:
+    model, cache = build(kind), build(kind).new_cache()
+    model(some_ids(1, 16), cache)
+    for ids, full in ((some_ids(1, 17), None), (some_ids(1, 1), cache)):
+        with pytest.raises(AssertionError, match="16 at most"):
+            model(ids, full)
+
+
+# Initialisation.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initial_weights_come_from_their_seed_alone(kind: str) -> None:
+    torch.manual_seed(1)
+    first = build(kind, seed=3).state_dict()
+    torch.manual_seed(2)
+    torch.randn(7)
+    again = build(kind, seed=3).state_dict()
+    assert all(torch.equal(again[name], weight) for name, weight in first.items())
+    other = build(kind, seed=4).state_dict()
+    drawn = {name for name, weight in first.items() if weight.dim() >= 2}
+    assert drawn
+    assert not any(torch.equal(other[name], first[name]) for name in drawn)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initial_weights_have_the_published_spread(kind: str) -> None:
+    model = build(kind, n_embd=64, n_layer=8, vocab_size=100, block_size=64)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            expected = 1 if "norm" in name and name.endswith("weight") else 0
+            assert (parameter == expected).all(), name
+            continue
+        to_residual = kind == "classic" and name.endswith(("attention.out.weight", "feed_forward.down.weight"))
+        std, error = (0.02 / 4 if to_residual else 0.02), 5 / math.sqrt(parameter.numel())
+        assert abs(parameter.std().item() / std - 1) < error, name
+        assert abs(parameter.mean().item() / std) < error, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_initial_loss_is_that_of_a_guess(kind: str) -> None:
+    model = build(kind, vocab_size=50)
+    inputs, targets = some_ids(32, 16, vocab_size=50), some_ids(32, 16, seed=1, vocab_size=50)
+    assert abs(nll(model(inputs)[0], targets).mean().item() - math.log(50)) < 0.05
+
+
+def test_the_modern_head_is_the_embedding_and_the_classic_is_not() -> None:
+    dense, classic = build("dense"), build("classic")
+    assert dense.head.weight is dense.token_embedding.weight
+    assert not torch.equal(classic.head.weight, classic.token_embedding.weight)
+
+
+# Learning.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_batch_is_learned_by_heart(kind: str) -> None:
+    model, ids = build(kind).train(), some_ids(4, 17)
+    optimizer = build_optimizer(model, lr=1e-2, weight_decay=0.0)
+    for _ in range(100):
+        loss = nll(model(ids[:, :-1])[0], ids[:, 1:]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.2
+
+
+def test_nll_is_that_of_the_target_and_nothing_where_there_is_none() -> None:
+    logits = torch.tensor([[[1.0, 2.0, 4.0], [0.0, 0.0, 0.0]]])
+    losses = nll(logits, torch.tensor([[1, -100]]))
+    assert losses.tolist() == [[pytest.approx(math.log(math.e + math.e**2 + math.e**4) - 2), 0.0]]
+    assert nll(logits.bfloat16(), torch.tensor([[1, 1]])).dtype == torch.float32
+
+
+# Counting.
+
+
+def test_parameters_and_flops_are_counted_as_by_hand() -> None:
+    V, T, L, C = VOCAB, 16, 2, 32
+    F = 2 * C
+    classic, dense = build("classic"), build("dense")
+    products = L * (4 * C * C + 8 * C * C) + V * C
+    assert classic.params_total() == V * C + T * C + products + L * (9 * C + 4 * C) + 2 * C
+    assert classic.params_active() == classic.params_total()
+    assert classic.flops_per_token() == 6 * products + 12 * L * C * T
+    products = L * (4 * C * C + 3 * C * F) + V * C
+    assert dense.params_total() == products + (2 * L + 1) * C
+    assert dense.flops_per_token() == 6 * products + 12 * L * C * T
+    for kind, chosen in (("switch", 1), ("mixtral", 2)):
+        moe, rest = build(kind), L * (4 * C * C + 4 * C) + V * C + (2 * L + 1) * C
+        assert moe.params_total() == rest + L * 4 * 3 * C * F
+        assert moe.params_active() == rest + L * chosen * 3 * C * F
+        assert moe.flops_per_token() == 6 * (moe.params_active() - (2 * L + 1) * C) + 12 * L * C * T
+
+
+# Sizes that make no model.
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"n_embd": 33}, "n_head must divide"),
+        ({"n_embd": 0}, "n_embd is 0"),
+        ({"n_layer": 0}, "n_layer is 0"),
+        ({"block_size": -1}, "block_size is -1"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"n_embd": 12}, "head width n_embd / n_head is 3"),
+        ({"rope_theta": 0.0}, "rope_theta is 0.0"),
+        ({"ffn_mult": 0.01}, "ffn_mult is 0"),
+        ({"n_experts": -1}, "n_experts is -1"),
+        ({"n_experts": 4, "moe_top_k": 5}, "moe_top_k is 5"),
+        ({"n_experts": 4, "moe_top_k": 0}, "moe_top_k is 0"),
+        ({"n_experts": 4, "moe_gate": "softmax"}, "moe_gate is softmax"),
+    ],
+)
+def test_impossible_sizes_are_refused_by_name(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        build("dense", **change)

@@ -1,0 +1,109 @@
+"""How weights are updated: every parameter once, AdamW by its formula, the learning rate by literal lists."""
+
+import math
+
+import pytest
+import torch
+from tiny_models import KINDS, build, lively, some_ids
+
+from minigpt_pl.models import nll
+from minigpt_pl.optim import build_optimizer, check_exhaustive, lr_factor
+
+
+def one_step(kind: str, lr: float, weight_decay: float, steps: int = 1) -> tuple[dict, dict, dict]:
+    """Parameters before the last of some steps, its gradients, parameters after it; by name."""
+    model, ids = lively(kind).train(), some_ids(4, 17)
+    optimizer = build_optimizer(model, lr=lr, weight_decay=weight_decay)
+    for _ in range(steps):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.zero_grad()
+        logits, aux = model(ids[:, :-1])
+        (nll(logits, ids[:, 1:]).mean() + aux).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+    return before, gradients, {name: p.detach() for name, p in model.named_parameters()}
+
+
+# Parameters.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_parameter_is_in_exactly_one_group_tied_ones_once(kind: str) -> None:
+    model = build(kind)
+    optimizer = build_optimizer(model, lr=1e-3, weight_decay=0.1)
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len({id(p) for p in grouped}) == len(grouped)
+    assert {id(p) for p in grouped} == {id(p) for module in model.modules() for p in module._parameters.values() if p is not None}
+    assert sum(p.numel() for p in grouped) == model.params_total()
+    assert all(group["weight_decay"] == 0.1 and group["lr"] == 1e-3 for group in optimizer.param_groups)
+
+
+def test_a_parameter_that_no_group_has_or_two_have_is_noticed() -> None:
+    some = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    check_exhaustive(torch.optim.SGD(some), some)
+    with pytest.raises(AssertionError, match="exactly one group"):
+        check_exhaustive(torch.optim.SGD(some[:2]), some)
+    with pytest.raises(AssertionError, match="exactly one group"):
+        check_exhaustive(torch.optim.SGD(some), [*some, some[0]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_step_moves_every_parameter(kind: str) -> None:
+    before, gradients, after = one_step(kind, lr=1e-2, weight_decay=0.0)
+    assert gradients.keys() == before.keys()
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert not still
+
+
+# The update.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_step_is_adamws_with_decay_on_every_parameter(kind: str) -> None:
+    lr, decay = 1e-2, 0.3
+    before, gradients, after = one_step(kind, lr, decay)
+    for name, gradient in gradients.items():
+        expected = before[name] * (1 - lr * decay) - lr * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(after[name], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_later_steps_have_torchs_default_betas() -> None:
+    torch.manual_seed(0)
+    weight, lr, m, v = torch.nn.Parameter(torch.ones(3)), 0.1, torch.zeros(3), torch.zeros(3)
+    optimizer = build_optimizer(torch.nn.ParameterList([weight]), lr=lr, weight_decay=0.0)
+    expected = weight.detach().clone()
+    for step in range(1, 6):
+        weight.grad = torch.tensor([1.0, -2.0, 0.5]) * step
+        m, v = 0.9 * m + 0.1 * weight.grad, 0.999 * v + 0.001 * weight.grad**2
+        expected -= lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), expected)
+
+
+# The learning rate: that of the update after `step` completed ones, in units of its peak.
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "factors"),
+    [
+        (100, {0: 0.02, 1: 0.04, 24: 0.5, 48: 0.98, 49: 1, 50: 1, 75: 0.55, 99: 0.100888, 100: 0.1, 105: 0.1}),
+        (1000, {0: 0.02, 49: 1, 50: 1, 525: 0.55, 1000: 0.1}),
+        (5000, {0: 0.004, 124: 0.5, 249: 1, 250: 1, 1437: 0.868303, 2625: 0.55, 5000: 0.1}),
+        (20, {0: 0.02, 9: 0.2, 19: 0.4}),
+        (50, {0: 0.02, 49: 1}),
+    ],
+)
+def test_cosine_warms_up_and_falls_to_a_tenth(max_steps: int, factors: dict[int, float]) -> None:
+    got = {step: lr_factor("cosine", step, max_steps) for step in factors}
+    assert got == pytest.approx(factors, rel=1e-5)
+
+
+def test_cosine_never_rises_after_its_warm_up() -> None:
+    factors = [lr_factor("cosine", step, 400) for step in range(400)]
+    assert factors[:50] == sorted(factors[:50])
+    assert factors[49:] == sorted(factors[49:], reverse=True)
+    assert all(math.isclose(a - b, 0, abs_tol=0.02 + 1e-9) for a, b in zip(factors, factors[1:], strict=False))
+
+
+def test_constant_has_no_warm_up_and_no_end() -> None:
+    assert [lr_factor("constant", step, 100) for step in (0, 1, 50, 99, 100)] == [1, 1, 1, 1, 1]
