@@ -24,8 +24,8 @@ def step_is_whole(trainer: Trainer, batch_idx: int) -> bool:
 
 
 def check_is_due(trainer: Trainer) -> bool:
-    """Whether a check belongs to the step just completed."""
-    return trainer.global_step % trainer.datamodule.eval_every == 0 or trainer.global_step >= trainer.max_steps
+    """Whether a check belongs to the step just completed: one on the grid, or the last one."""
+    return trainer.global_step % trainer.datamodule.eval_every == 0 or trainer.should_stop
 
 
 class SeedSteps(Callback):
@@ -74,31 +74,43 @@ class TrainFigures(Callback):
         self.tokens_seen = self.timed_tokens = 0
         self.timed_seconds = 0.0
         self._watch = Stopwatch()
-        self._steps_here = self._steps_since_log = 0
         self._mark = (0, 0.0)
-        self._sums: list[float] | None = None
+        self._steps_here = 0
+        self._since_log = [0, 0]  # micro-batches, steps
+        self._sums: list[list[float]] = []  # each process's, of a checkpoint
 
-    def state_dict(self) -> dict[str, Any]:
-        stored = ("tokens_seen", "timed_tokens", "timed_seconds", "_steps_since_log", "_sums")
-        return {name: getattr(self, name) for name in stored}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.__dict__.update(state_dict)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._watch.stop()
-        self._sums = torch.stack(pl_module.sums()).tolist()
-        self._settle()
+    @property
+    def state_key(self) -> str:
+        return type(self).__name__
 
     @property
     def tokens_per_s(self) -> float | None:
         """Over the whole run; None before any step was timed."""
         return self.timed_tokens / self.timed_seconds if self.timed_seconds else None
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if not pl_module.is_finite():
+            raise Diverged(f"step {trainer.global_step}: the loss, the gradient or a weight is not a finite number")
+        self._watch.stop()
+        self._settle()
+        checkpoint["callbacks"][self.state_key] = {
+            "tokens_seen": self.tokens_seen,
+            "timed_tokens": self.timed_tokens,
+            "timed_seconds": self.timed_seconds,
+            "since_log": list(self._since_log),
+            "sums": trainer.strategy.all_gather(pl_module.sums).view(-1, len(pl_module.sums)).tolist(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.tokens_seen, self.timed_tokens = state_dict["tokens_seen"], state_dict["timed_tokens"]
+        self.timed_seconds = state_dict["timed_seconds"]
+        self._since_log, self._sums = list(state_dict["since_log"]), state_dict["sums"]
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        if self._sums is not None:
-            for total, value in zip(pl_module.sums(), self._sums, strict=True):
-                total.fill_(value)
+        if self._sums:
+            sums = torch.tensor(self._sums)
+            mine = sums[trainer.global_rank] if len(sums) == trainer.world_size else sums.mean(0)
+            pl_module.sums.copy_(mine)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._watch.start()
@@ -115,9 +127,10 @@ class TrainFigures(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.tokens_seen += batch[1].numel() * trainer.world_size
+        self._since_log[0] += 1
         if not step_is_whole(trainer, batch_idx):
             return
-        self._steps_since_log += 1
+        self._since_log[1] += 1
         self._steps_here += 1
         if self._steps_here == self.warmup_steps:
             self._mark = (self.tokens_seen, self._watch.read())
@@ -138,11 +151,9 @@ class TrainFigures(Callback):
         return tokens / seconds if seconds else None
 
     def _log(self, trainer: Trainer, pl_module: Any) -> None:
-        sums = torch.stack(pl_module.sums())  # the one wait for the device between two logs
-        if trainer.world_size > 1:
-            sums = trainer.strategy.reduce(sums, reduce_op="mean")
-        batches = self._steps_since_log * trainer.accumulate_grad_batches
-        loss, aux, norm = (sums / torch.tensor([batches, batches, self._steps_since_log], device=sums.device)).tolist()
+        sums = trainer.strategy.reduce(pl_module.sums.clone(), reduce_op="mean")
+        batches, steps = self._since_log
+        loss, aux, norm = (sums / sums.new_tensor([batches, batches, steps])).tolist()  # the one wait between two logs
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(f"step {trainer.global_step}: train/loss is {loss}, train/grad_norm is {norm}")
         self.latest = {
@@ -155,9 +166,8 @@ class TrainFigures(Callback):
             self.latest["perf/tokens_per_s"] = speed
         if figures := pl_module.step_figures():
             self.latest |= {"train/aux_loss": aux} | figures
-        for total in pl_module.sums():
-            total.zero_()
-        self._steps_since_log = 0
+        pl_module.sums.zero_()
+        self._since_log = [0, 0]
         log(trainer, self.latest)
 
 
@@ -215,7 +225,7 @@ class SampleText(Callback):
         temperature: As --sample.temperature of predict.
     """
 
-    def __init__(self, every_n_checks: int = 1, prompt: str = "\n", max_new_tokens: int = 200, temperature: float = 0.8):
+    def __init__(self, every_n_checks: int, prompt: str = "\n", max_new_tokens: int = 200, temperature: float = 0.8):
         if every_n_checks < 1:
             raise InputError(f"samples.every_n_checks is {every_n_checks}: it must be at least 1")
         self.every_n_checks, self.prompt = every_n_checks, prompt

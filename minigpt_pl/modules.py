@@ -54,12 +54,8 @@ class LanguageModel(LightningModule, ABC):
         """What the last check found, under the names that are logged."""
         self.sampling = Sampling()
         self._tallies: list[list[tuple[Tensor, Tensor]]] = []
-        for name in ("loss_sum", "aux_sum", "norm_sum"):  # over the steps since they were last read
-            self.register_buffer(name, torch.zeros(()), persistent=False)
-
-    loss_sum: Tensor
-    aux_sum: Tensor
-    norm_sum: Tensor
+        self.sums = torch.zeros(3)  # no buffer: DDP would overwrite it with the first process's
+        """Losses, aux losses and gradient norms since they were last zeroed, on the device."""
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **settings: Any) -> Any:
@@ -81,6 +77,9 @@ class LanguageModel(LightningModule, ABC):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.net, self.lr, self.weight_decay)
 
+    def on_fit_start(self) -> None:
+        self.sums = torch.zeros(3, device=self.device)
+
     def on_train_start(self) -> None:
         for group in self.trainer.optimizers[0].param_groups:  # those of a checkpoint may be outdated
             group["weight_decay"] = self.weight_decay
@@ -96,8 +95,8 @@ class LanguageModel(LightningModule, ABC):
         inputs, targets = batch
         logits, aux = self.net(inputs)
         loss = nll(logits, targets).mean()
-        self.loss_sum += loss.detach()
-        self.aux_sum += aux.detach()
+        self.sums[0] += loss.detach()
+        self.sums[1] += aux.detach()
         return self.whole_loss(loss, aux)
 
     def whole_loss(self, loss: Tensor, aux: Tensor) -> Tensor:
@@ -109,16 +108,12 @@ class LanguageModel(LightningModule, ABC):
     ) -> None:
         # Lightning's own clipping keeps the norm to itself; it is logged, and tells of divergence.
         limit = math.inf if gradient_clip_val is None else gradient_clip_val
-        self.norm_sum += torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
-
-    def sums(self) -> list[Tensor]:
-        """Of the steps since they were last zeroed: losses, aux losses, gradient norms; all on the device."""
-        return [self.loss_sum, self.aux_sum, self.norm_sum]
+        self.sums[2] += torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
 
     def is_finite(self) -> bool:
         """Whether the losses and gradients since the last reading, and all weights, are finite numbers."""
         weights = [p.detach().float().sum() for p in self.net.parameters()]
-        return bool(torch.stack(self.sums() + weights).isfinite().all())
+        return bool(torch.cat([self.sums, torch.stack(weights)]).isfinite().all())
 
     # Checks.
 

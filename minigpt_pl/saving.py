@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from minigpt_pl.callbacks import check_is_due, step_is_whole
 from minigpt_pl.checkpoint import BEST, LAST
-from minigpt_pl.errors import Diverged, InputError
+from minigpt_pl.errors import InputError
 from minigpt_pl.text import write_atomically
 
 
@@ -29,7 +29,7 @@ class SaveSettings(Callback):
     def __init__(self, settings: dict[str, Any], extra: dict[str, Any]):
         self.settings, self.extra = settings, extra
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             text = yaml.safe_dump(self.settings, sort_keys=False)
             write_atomically(Path(trainer.default_root_dir, "config.yaml"), text.encode())
@@ -39,64 +39,62 @@ class SaveSettings(Callback):
         checkpoint.update(self.extra, settings=self.settings, vocab_size=vocab_size)
 
 
-class _Saving(ModelCheckpoint):
-    """What best and last share: no version in the name, no save of numbers that are not finite, a folder that may move."""
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps best.ckpt, the checkpoint with the lowest val/loss, the first on ties."""
 
-    def __init__(self, run_dir: str, filename: str, monitor: str | None):
-        super().__init__(
-            run_dir,
-            filename.removesuffix(".ckpt"),
-            monitor,
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
-            every_n_epochs=1 if monitor else 0,
-        )
+    def __init__(self, run_dir: str):
+        name = BEST.removesuffix(".ckpt")
+        super().__init__(run_dir, name, "val/loss", save_on_train_epoch_end=False, enable_version_counter=False)
+        self.path = self.format_checkpoint_name({})  # in Lightning's spelling: it removes what looks like another file
+        self.saved_step: int | None = None
 
     @property
     def state_key(self) -> str:
         return type(self).__name__
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        if not trainer.lightning_module.is_finite():  # type: ignore[operator]
-            raise Diverged(f"step {trainer.global_step}: the loss, the gradient or a weight is not a finite number")
+        self.saved_step = trainer.global_step
         super()._save_checkpoint(trainer, filepath)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"score": self.best_model_score}  # Lightning's holds paths, and loses the score when they change
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        def here(path: str) -> str:
-            return os.path.join(str(self.dirpath), os.path.basename(path)) if path else path
-
-        paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
-        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
+        if (score := state_dict["score"]) is not None:
+            self.best_k_models = {self.path: score}
+            self.best_model_path = self.kth_best_model_path = self.path
+            self.best_model_score = self.kth_value = score
 
 
-class BestCheckpoint(_Saving):
-    """Keeps best.ckpt, the checkpoint with the lowest val/loss, the first on ties."""
-
-    def __init__(self, run_dir: str):
-        super().__init__(run_dir, BEST, "val/loss")
-
-
-class LastCheckpoint(_Saving):
-    """Keeps last.ckpt, from which a run goes on: written before the first step, in between, and at the end.
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps last.ckpt, from which a run goes on: written when training starts, in between, with each best, and at the end.
 
     Where a check is due it is written after the check, which would be lost otherwise.
     """
 
     def __init__(self, run_dir: str, every_n_train_steps: int, minutes: float):
-        super().__init__(run_dir, LAST, None)
+        super().__init__(run_dir, LAST.removesuffix(".ckpt"))
         if every_n_train_steps < 1:
             raise InputError(f"last.every_n_train_steps is {every_n_train_steps}: it must be at least 1")
         if not minutes > 0:
             raise InputError(f"last.minutes is {minutes}: it must be positive")
         self.every_n_steps, self.minutes = every_n_train_steps, minutes
-        self._file = os.path.join(run_dir, LAST)
-        self._saved_at, self._saved_step = 0.0, -1
+        self.path = os.path.join(run_dir, LAST)
+        self._saved_at = 0.0
+
+    @property
+    def state_key(self) -> str:
+        return type(self).__name__
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """There is nothing to remember."""
 
     def _save(self, trainer: Trainer) -> None:
-        if self._saved_step != trainer.global_step:
-            self._save_checkpoint(trainer, self._file)
-            self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        trainer.save_checkpoint(self.path)
+        self._saved_at = time.monotonic()
 
     def _is_due(self, trainer: Trainer, pl_module: Any) -> bool:
         late = time.monotonic() - self._saved_at >= self.minutes * 60
@@ -105,21 +103,19 @@ class LastCheckpoint(_Saving):
         return pl_module.stop_requested or late or trainer.global_step % self.every_n_steps == 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved_at = time.monotonic()
-        if trainer.global_step and os.path.exists(self._file):
-            self._saved_step = trainer.global_step  # the run goes on from this very file
-        self._save(trainer)
+        self._save(trainer)  # also on a resume: settings may have changed
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if step_is_whole(trainer, batch_idx) and not check_is_due(trainer) and self._is_due(trainer, pl_module):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_due(trainer, pl_module) or trainer.should_stop:
+        improved = any(isinstance(c, BestCheckpoint) and c.saved_step == trainer.global_step for c in trainer.callbacks)
+        if self._is_due(trainer, pl_module) or trainer.should_stop or improved:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pass
+        """Not a moment of ours."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer)
+        """Every way to stop has saved."""
