@@ -62,7 +62,7 @@ def choose(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
     probs = (logits.float() / sampling.temperature).softmax(-1)
     order = None
     if 0 < sampling.top_k < logits.size(-1) or sampling.top_p < 1:
-        probs, order = probs.sort(-1, descending=True, stable=True)
+        probs, order = probs.sort(dim=-1, descending=True, stable=True)
         if sampling.top_k:
             probs = probs[:, : sampling.top_k]
         if sampling.top_p < 1:
@@ -88,17 +88,21 @@ def generate(model: GPT, prompt: Sequence[int], sampling: Sampling, use_cache: b
     """
     assert not model.training, "generation is for eval mode"
     device, streams = model.token_embedding.weight.device, sampling.num_samples
-    draws = torch.stack([uniforms(sampling.seed, prompt, i, sampling.max_new_tokens) for i in range(streams)], 1).to(device)
-    window = torch.tensor(prompt[-model.block_size :], device=device).expand(streams, -1)  # (S, T)
-    cache, unread = (model.new_cache() if use_cache else None), window
+    draws = torch.stack([uniforms(sampling.seed, prompt, i, sampling.max_new_tokens) for i in range(streams)], 1).to(
+        device
+    )
+    window = [torch.tensor(prompt[-model.block_size :], device=device).expand(streams, -1)]  # (S, T) in pieces
+    size = window[0].size(1)
+    cache, unread = (model.new_cache() if use_cache else None), window[0]
     for draw in draws:
         logits, _ = model(unread, cache)
         tokens = choose(logits[:, -1], draw, sampling)
         yield tokens.tolist()
-        unread = tokens.unsqueeze(-1)
-        window = torch.cat([window, unread], 1)
-        if window.size(1) > model.block_size:
-            window = window[:, -max(1, model.block_size // 2) :]
-            cache, unread = (model.new_cache() if use_cache else None), window
-        if cache is None:
-            unread = window
+        unread, size = tokens.unsqueeze(-1), size + 1
+        window.append(unread)
+        if size > model.block_size or cache is None:
+            unread = torch.cat(window, 1)
+        if size > model.block_size:
+            size = max(1, model.block_size // 2)
+            unread, cache = unread[:, -size:], (model.new_cache() if use_cache else None)
+            window = [unread]

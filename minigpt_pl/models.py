@@ -1,6 +1,6 @@
 """The two GPTs: each a short assembly of the parts in `layers` and `moe`, with one rule of initialisation.
 
-Pure torch: no training, no tokens, no Lightning. `forward` gives logits and the aux loss; `modules` makes losses of them.
+Pure torch: no training, no tokens, no Lightning. `forward` gives logits and the aux loss; `modules` adds them up.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt_pl.layers import Block, CausalSelfAttention, Dropout, GeluMLP, LayerCache, Rope, SwiGLU
+from minigpt_pl.layers import Block, CausalSelfAttention, Dropout, GeluMLP, LayerCache, RMSNorm, Rope, SwiGLU
 from minigpt_pl.moe import Gate, MoE
 
 
@@ -35,7 +35,9 @@ class GPT(nn.Module):
         alone, (B, 1, V).
         """
         start = cache[0].length if cache else 0
-        assert start + ids.size(1) <= self.block_size, f"{start} + {ids.size(1)} positions, but {self.block_size} at most"
+        assert start + ids.size(1) <= self.block_size, (
+            f"{start} + {ids.size(1)} positions, but {self.block_size} at most"
+        )
         x = self.dropout(self.embed(ids, start))
         aux = x.new_zeros(())
         for layer, block in enumerate(self.blocks):
@@ -59,7 +61,9 @@ class GPT(nn.Module):
 
     def params_active(self) -> int:
         """Parameters that one token uses: all, less the experts that it does not choose."""
-        idle = sum((1 - moe.top_k / moe.n_experts) * (moe.gate_up.numel() + moe.down.numel()) for moe in self.moe_layers())
+        idle = sum(
+            (1 - moe.top_k / moe.n_experts) * (moe.gate_up.numel() + moe.down.numel()) for moe in self.moe_layers()
+        )
         return self.params_total() - round(idle)
 
     def flops_per_token(self) -> int:
@@ -197,15 +201,15 @@ class ModernGPT(GPT):
         rope = Rope(n_embd // n_head, block_size, rope_theta)
         self.blocks = nn.ModuleList(
             Block(
-                nn.RMSNorm(n_embd, rms_norm_eps),
+                RMSNorm(n_embd, rms_norm_eps),
                 CausalSelfAttention(n_embd, n_head, dropout, bias=False, rope=rope),
-                nn.RMSNorm(n_embd, rms_norm_eps),
+                RMSNorm(n_embd, rms_norm_eps),
                 MoE(n_embd, hidden, n_experts, moe_top_k, moe_gate) if n_experts else SwiGLU(n_embd, hidden),
                 dropout,
             )
             for _ in range(n_layer)
         )
-        self.norm = nn.RMSNorm(n_embd, rms_norm_eps)
+        self.norm = RMSNorm(n_embd, rms_norm_eps)
         self.head = nn.Linear(n_embd, vocab_size, bias=False)
         self.head.weight = self.token_embedding.weight
         initialise(self, lambda name: 0.02, seed)

@@ -52,21 +52,42 @@ class MoE(nn.Module):
         weights_NK, chosen_NK = probs_NE.topk(self.top_k, sorted=True)
         if self.gate == "softmax_selected":
             weights_NK = logits_NE.gather(1, chosen_NK).softmax(-1)
-        share_E = F.one_hot(chosen_NK, self.n_experts).sum((0, 1)).float() / chosen_NK.numel()
+        if torch.is_inference_mode_enabled():  # while text is generated nobody asks for the balance
+            return weights_NK, chosen_NK, x_NC.new_zeros(())
+        share_E = self.count(chosen_NK).float() / chosen_NK.numel()
         mean_E = probs_NE.mean(0)
         self.last_routing = share_E, mean_E.detach()
         return weights_NK, chosen_NK, self.n_experts * (share_E * mean_E).sum()
 
+    def count(self, chosen_NK: Tensor) -> Tensor:
+        """How many token-choice pairs each expert has (E,); unlike bincount it never waits for the device."""
+        return (chosen_NK.unsqueeze(-1) == torch.arange(self.n_experts, device=chosen_NK.device)).sum((0, 1))
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x_NC = x.flatten(0, -2)
         weights_NK, chosen_NK, aux = self.route(x_NC)
+        if len(x_NC) == 1:  # one stream of text: nothing to sort
+            y_KC = torch.cat(
+                [F.linear(swiglu(F.linear(x_NC, self.gate_up[e])), self.down[e]) for e in chosen_NK[0].tolist()]
+            )
+            return (weights_NK.type_as(y_KC) @ y_KC).view_as(x), aux
         order = chosen_NK.flatten().argsort(stable=True)  # token-choice pairs, sorted by expert
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device))
-        counts = F.one_hot(chosen_NK.flatten(), self.n_experts).sum(0).tolist()  # the one wait for the device
-        rows = x_NC.index_select(0, order // self.top_k).split(counts)
-        sorted_y = torch.cat(
-            [F.linear(swiglu(F.linear(row, up)), down) for row, up, down in zip(rows, self.gate_up, self.down, strict=True)]
-        )
-        y_NKC = sorted_y.index_select(0, place).view(*chosen_NK.shape, -1)
-        y_NC = (y_NKC * weights_NK.unsqueeze(-1).type_as(y_NKC)).sum(1)
-        return y_NC.view_as(x), aux
+        sorted_x, counts_E = x_NC.index_select(0, order // self.top_k), self.count(chosen_NK)
+        sorted_y = grouped_linear(swiglu(grouped_linear(sorted_x, self.gate_up, counts_E)), self.down, counts_E)
+        y_NKC = torch.empty_like(sorted_y).index_copy(0, order, sorted_y).view(*chosen_NK.shape, -1)
+        return (y_NKC * weights_NK.unsqueeze(-1).type_as(y_NKC)).sum(1).view_as(x), aux
+
+
+def grouped_linear(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    """Products of consecutive groups of rows (n, i) with one matrix each.
+
+    Args:
+        rows: Sorted by group.
+        weights: One matrix (o, i) a group, (E, o, i).
+        counts: Rows in each group, (E,), on the device.
+    """
+    strides_fit = all(size * rows.element_size() % 16 == 0 for size in weights.shape[1:])
+    if strides_fit and rows.dtype == weights.dtype and rows.device.type in ("cpu", "cuda"):
+        return F.grouped_mm(rows, weights.mT, offs=counts.cumsum(0).to(torch.int32))
+    groups = rows.split(counts.tolist())  # the one wait for the device
+    return torch.cat([F.linear(group, weight) for group, weight in zip(groups, weights, strict=True)])

@@ -1,0 +1,57 @@
+"""Generated tokens: ours against the seed's method and nanoGPT, at modern_moe_char_02's size."""
+
+from types import ModuleType
+
+import pytest
+import torch
+from bench_training import VOCAB, ours, seeds
+from measuring import Report, interleaved
+
+from minigpt_pl.generation import Sampling, generate
+
+pytestmark = pytest.mark.bench
+TOKENS = 300
+
+
+def per_second(seconds: dict[str, list[float]], tokens: int) -> dict[str, list[float]]:
+    return {name: [tokens / value for value in values] for name, values in seconds.items()}
+
+
+def test_one_stream(report: Report, nanogpt: ModuleType | None) -> None:
+    moe, dense, seed = ours(4).eval(), ours(0).eval(), seeds(4).eval()
+    start = torch.zeros(1, 1, dtype=torch.long)
+    rivals = {
+        "ours, MoE": lambda: list(generate(moe, [0], Sampling(max_new_tokens=TOKENS))),
+        "ours, dense twin": lambda: list(generate(dense, [0], Sampling(max_new_tokens=TOKENS))),
+        "seed's method, MoE": lambda: seed.generate(start, TOKENS),
+    }
+    if nanogpt is not None:
+        sizes = nanogpt.GPTConfig(
+            block_size=192, vocab_size=VOCAB, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=True
+        )
+        classic = nanogpt.GPT(sizes).eval()
+        rivals["nanoGPT"] = lambda: classic.generate(start, TOKENS, temperature=0.8)
+    report.add("one stream of 300 tokens", "tokens/s", per_second(interleaved(rivals, rounds=6, warmup=1), TOKENS))
+
+
+def test_many_streams(report: Report) -> None:
+    moe = ours(4).eval()
+    rivals = {
+        "ours, MoE, 32 streams": lambda: list(generate(moe, [0], Sampling(max_new_tokens=TOKENS, num_samples=32)))
+    }
+    report.add(
+        "32 streams of 300 tokens together",
+        "tokens/s",
+        per_second(interleaved(rivals, rounds=6, warmup=1), 32 * TOKENS),
+    )
+
+
+def test_time_per_token_does_not_grow(report: Report) -> None:
+    moe = ours(4).eval()
+    rivals = {
+        f"{count} tokens": lambda count=count: list(generate(moe, [0], Sampling(max_new_tokens=count)))
+        for count in (300, 1200, 4800)
+    }
+    seconds = interleaved(rivals, rounds=3, warmup=1)
+    milliseconds = {name: [1000 * s / int(name.split()[0]) for s in values] for name, values in seconds.items()}
+    report.add("time per token by length of the text", "ms", milliseconds)

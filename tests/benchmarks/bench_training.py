@@ -1,0 +1,79 @@
+"""A training step: ours against the seed's method and nanoGPT, at the seed document's sizes, all dropouts on."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from measuring import Report, interleaved
+from seed_method import SeedModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from minigpt_pl.models import ClassicGPT, ModernGPT, nll
+from minigpt_pl.optim import build_optimizer
+
+pytestmark = pytest.mark.bench
+ROUNDS = 8
+VOCAB = 61
+
+
+def ours(n_experts: int, gate: str = "softmax_selected") -> ModernGPT:
+    """modern_moe_char_02, or its dense twin."""
+    return ModernGPT(VOCAB, 192, 4, 4, 128, 0.24, 1e4, 1e-8, 2.0, n_experts, 1, gate, seed=1)  # type: ignore[arg-type]
+
+
+def seeds(n_experts: int) -> SeedModel:
+    return SeedModel(VOCAB, 192, 4, 4, 128, 0.24, n_experts)
+
+
+def stepper(
+    model: nn.Module, loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor], batch: int, block: int
+) -> Callable[[], None]:
+    """One whole update on random tokens: forward, backward, clipping, AdamW."""
+    optimizer = build_optimizer(model, 1e-4, 0.08)
+    ids = torch.randint(VOCAB, (batch, block + 1))
+
+    def step() -> None:
+        loss_of(model, ids[:, :-1], ids[:, 1:].contiguous()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def our_loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    logits, aux = model(x)
+    return nll(logits, y).mean() + 0.0015 * aux
+
+
+def seeds_loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    logits, aux = model(x)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten()) + 0.0015 * aux
+
+
+def test_step_of_the_sparse_model(report: Report) -> None:
+    rivals = {
+        "ours, MoE": stepper(ours(4), our_loss, 48, 192),
+        "ours, dense twin": stepper(ours(0), our_loss, 48, 192),
+        "seed's method, MoE": stepper(seeds(4), seeds_loss, 48, 192),
+        "seed's method, dense twin": stepper(seeds(0), seeds_loss, 48, 192),
+    }
+    report.add("training step, modern_moe_char_02, 48 x 192 tokens", "s", interleaved(rivals, ROUNDS))
+    for name in ("seed's method, MoE", "ours, MoE"):
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            rivals[name]()
+        print(name, profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=8, max_name_column_width=40))
+
+
+def test_step_of_the_classic_model(report: Report, nanogpt: ModuleType | None) -> None:
+    rivals = {"ours, classic": stepper(ClassicGPT(VOCAB, 128, 4, 4, 128, 0.2, seed=1), our_loss, 64, 128)}
+    if nanogpt is not None:
+        sizes = nanogpt.GPTConfig(
+            block_size=128, vocab_size=VOCAB, n_layer=4, n_head=4, n_embd=128, dropout=0.2, bias=True
+        )
+        rivals["nanoGPT"] = stepper(nanogpt.GPT(sizes), lambda m, x, y: m(x, y)[1], 64, 128)
+    report.add("training step, classic 4 x 128, 64 x 128 tokens, dropout 0.2", "s", interleaved(rivals, ROUNDS))

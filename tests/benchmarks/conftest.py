@@ -1,0 +1,61 @@
+"""Speed: each figure with its rival in the same run, interleaved; a table at the end, and JSON on request.
+
+`pytest -m bench` on a quiet machine; `--nanogpt DIR` names a checkout of nanoGPT to measure against, `--json FILE`
+keeps the figures. Nothing here asserts a time: ratios are for people to read.
+"""
+
+import importlib.util
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from measuring import Report, machine
+
+_report = Report()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nanogpt", type=Path, help="a checkout of nanoGPT to measure against")
+    parser.addoption("--json", type=Path, help="where to keep the figures")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def all_threads(one_thread: None) -> None:
+    """Speed is measured with every core, unlike the tests."""
+    torch.set_num_threads(os.cpu_count() or 1)
+
+
+@pytest.fixture(scope="session")
+def report() -> Report:
+    return _report
+
+
+@pytest.fixture
+def nanogpt(request: pytest.FixtureRequest) -> Any:
+    """nanoGPT's model.py as a module, or None."""
+    folder = request.config.getoption("--nanogpt")
+    if folder is None:
+        return None
+    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not _report.rows:
+        return
+    terminalreporter.section("figures: median [lowest ... highest]")
+    terminalreporter.write_line(", ".join(f"{name} {value}" for name, value in machine().items()))
+    for row in _report.rows:
+        terminalreporter.write_line(row.what)
+        for line in row.lines():
+            terminalreporter.write_line(line)
+    if path := config.getoption("--json"):
+        path.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in _report.rows]}, indent=1))
