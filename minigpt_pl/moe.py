@@ -71,23 +71,36 @@ class MoE(nn.Module):
                 [F.linear(swiglu(F.linear(x_NC, self.gate_up[e])), self.down[e]) for e in chosen_NK[0].tolist()]
             )
             return (weights_NK.type_as(y_KC) @ y_KC).view_as(x), aux
+        return self.dispatch(x_NC, weights_NK, chosen_NK).view_as(x), aux
+
+    @torch.compiler.disable  # the compiler knows the grouped product in bf16 alone
+    def dispatch(self, x_NC: Tensor, weights_NK: Tensor, chosen_NK: Tensor) -> Tensor:
+        """Each token's weighted sum of what its chosen experts make of it, (N, C)."""
         order = chosen_NK.flatten().argsort(stable=True)  # token-choice pairs, sorted by expert
         sorted_x, counts_E = x_NC.index_select(0, order // self.top_k), self.count(chosen_NK)
-        sorted_y = grouped_linear(swiglu(grouped_linear(sorted_x, self.gate_up, counts_E)), self.down, counts_E)
+        grouped = has_grouped_product(sorted_x, self.gate_up, self.down)
+        counts = counts_E if grouped else counts_E.tolist()  # the one wait for the device
+        sorted_y = grouped_linear(swiglu(grouped_linear(sorted_x, self.gate_up, counts)), self.down, counts)
         y_NKC = torch.empty_like(sorted_y).index_copy(0, order, sorted_y).view(*chosen_NK.shape, -1)
-        return (y_NKC * weights_NK.unsqueeze(-1).type_as(y_NKC)).sum(1).view_as(x), aux
+        return (y_NKC * weights_NK.unsqueeze(-1).type_as(y_NKC)).sum(1)
 
 
-def grouped_linear(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+def has_grouped_product(rows: Tensor, *weights: Tensor) -> bool:
+    """Whether torch multiplies groups of such rows by such matrices (E, o, i) in one call."""
+    strides_fit = all(size * rows.element_size() % 16 == 0 for weight in weights for size in weight.shape[1:])
+    dtypes_fit = all(rows.dtype == weight.dtype for weight in weights) and rows.dtype != torch.float64
+    return strides_fit and dtypes_fit and rows.device.type in ("cpu", "cuda")
+
+
+def grouped_linear(rows: Tensor, weights: Tensor, counts: Tensor | list[int]) -> Tensor:
     """Products of consecutive groups of rows (n, i) with one matrix each.
 
     Args:
         rows: Sorted by group.
         weights: One matrix (o, i) a group, (E, o, i).
-        counts: Rows in each group, (E,), on the device.
+        counts: Rows in each group: on the device (E,) for one grouped product, else a list.
     """
-    strides_fit = all(size * rows.element_size() % 16 == 0 for size in weights.shape[1:])
-    if strides_fit and rows.dtype == weights.dtype and rows.device.type in ("cpu", "cuda"):
+    if isinstance(counts, Tensor):
         return F.grouped_mm(rows, weights.mT, offs=counts.cumsum(0).to(torch.int32))
-    groups = rows.split(counts.tolist())  # the one wait for the device
+    groups = rows.split(counts)
     return torch.cat([F.linear(group, weight) for group, weight in zip(groups, weights, strict=True)])
