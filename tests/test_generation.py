@@ -85,8 +85,12 @@ def test_how_many_positions_are_read(block_size: int, prompt: int, cached: list[
 
 def test_a_long_prompt_counts_by_its_end() -> None:
     model, prompt = lively("dense"), some_ids(40).tolist()
-    assert streams(model, prompt, max_new_tokens=20, **GREEDY) == streams(model, prompt[-16:], max_new_tokens=20, **GREEDY)
-    assert streams(model, prompt, max_new_tokens=20, **GREEDY) != streams(model, prompt[:16], max_new_tokens=20, **GREEDY)
+    assert streams(model, prompt, max_new_tokens=20, **GREEDY) == streams(
+        model, prompt[-16:], max_new_tokens=20, **GREEDY
+    )
+    assert streams(model, prompt, max_new_tokens=20, **GREEDY) != streams(
+        model, prompt[:16], max_new_tokens=20, **GREEDY
+    )
 
 
 def test_tokens_come_one_by_one() -> None:
@@ -163,7 +167,9 @@ def test_greedy_takes_the_likeliest_and_so_does_a_choice_of_one(kind: str) -> No
     assert streams(model, max_new_tokens=30, **SAMPLED) != greedy[:1]
 
 
-@pytest.mark.parametrize("off", [{"top_k": VOCAB}, {"top_k": VOCAB + 1}, {"top_k": 10**6}, {"top_k": 0}, {"top_p": 1.0}])
+@pytest.mark.parametrize(
+    "off", [{"top_k": VOCAB}, {"top_k": VOCAB + 1}, {"top_k": 10**6}, {"top_k": 0}, {"top_p": 1.0}]
+)
 def test_a_choice_among_all_is_no_restriction(off: dict[str, Any]) -> None:
     model = lively("dense")
     assert streams(model, max_new_tokens=30, **off, **SAMPLED) == streams(model, max_new_tokens=30, **SAMPLED)

@@ -1,6 +1,6 @@
 """Losses of twenty steps, digit for digit: whoever changes them changes every result there is.
 
-Without dropout, so that a better generator of masks leaves them alone; without Lightning, whose loop is tested elsewhere.
+Without dropout, so that a better generator of masks leaves them alone, and without Lightning, whose loop is not meant.
 """
 
 import pytest

@@ -33,7 +33,9 @@ def test_each_parameter_is_in_exactly_one_group_tied_ones_once(kind: str) -> Non
     optimizer = build_optimizer(model, lr=1e-3, weight_decay=0.1)
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
     assert len({id(p) for p in grouped}) == len(grouped)
-    assert {id(p) for p in grouped} == {id(p) for module in model.modules() for p in module._parameters.values() if p is not None}
+    assert {id(p) for p in grouped} == {
+        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
+    }
     assert sum(p.numel() for p in grouped) == model.params_total()
     assert all(group["weight_decay"] == 0.1 and group["lr"] == 1e-3 for group in optimizer.param_groups)
 
