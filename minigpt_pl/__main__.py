@@ -13,6 +13,9 @@ COMMANDS = {  # name: (module, what it does); each module has run(command, optio
     "validate": ("minigpt_pl.cli", "score a checkpoint on the validation part"),
     "test": ("minigpt_pl.cli", "score a checkpoint on the test part"),
     "predict": ("minigpt_pl.cli", "continue a prompt"),
+    "floors": ("minigpt_pl.floors", "what n-grams and xz make of a text"),
+    "export": ("minigpt_pl.export", "write a checkpoint as a Hugging Face folder"),
+    "doctor": ("minigpt_pl.doctor", "check this machine"),
 }
 HELP = "\n".join(
     [
@@ -26,9 +29,10 @@ HELP = "\n".join(
 def main(args: list[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0 done, 2 the user's to mend, 3 diverged, 128 + n stopped by signal n."""
     signals.install()
+    from argparse import ArgumentError
     from importlib import import_module
 
-    from minigpt_pl.errors import Diverged, InputError, one_line
+    from minigpt_pl.errors import Diverged, InputError, is_first_process, one_line, say
 
     words = sys.argv[1:] if args is None else list(args)
     command, options = (words[0], words[1:]) if words else ("--help", [])
@@ -43,12 +47,12 @@ def main(args: list[str] | None = None) -> int:
             near = get_close_matches(command, COMMANDS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"use {', '.join(COMMANDS)}"
             raise InputError(f"there is no command {command!r}: {hint}")
-    except InputError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+    except (InputError, ArgumentError) as error:
+        say(f"error: {one_line(error)}")
         return 2
     except Diverged as error:
-        print(f"error: the run diverged at {one_line(error)}; a lower --model.lr may help", file=sys.stderr)
-        return 3
+        say(f"error: the run diverged at {one_line(error)}; a lower --model.lr may help")
+        return 3 if is_first_process() else 0  # Lightning kills the first process where another one fails
     except BrokenPipeError:  # predict | head: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

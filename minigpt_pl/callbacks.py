@@ -28,6 +28,11 @@ def check_is_due(trainer: Trainer) -> bool:
     return trainer.global_step % trainer.datamodule.eval_every == 0 or trainer.should_stop
 
 
+def is_off_grid(trainer: Trainer) -> bool:
+    """Whether no check would be due at this step if the run were longer."""
+    return trainer.global_step % trainer.datamodule.eval_every != 0
+
+
 class SeedSteps(Callback):
     """Makes dropout a pure function of (seed, step, micro-batch, rank): a resumed run draws the same masks."""
 

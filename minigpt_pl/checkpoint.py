@@ -8,6 +8,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,17 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from minigpt_pl.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 BEST, LAST = "best.ckpt", "last.ckpt"
 TEMPORARY = ".writing"
-NEEDED = {"state_dict", "settings", "vocab_size", "global_step", "digest", "TextDataModule", "optimizer_states", "loops"}
+NEEDED = {  # of a checkpoint
+    "state_dict", "optimizer_states", "callbacks", "loops", "global_step", "digest", "settings", "vocab_size",
+    "wandb_id", "TextDataModule",
+}  # fmt: skip
 
 
 def tensors(node: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -61,14 +70,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
             os.replace(temporary, path)
             sync_folder(path.parent)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-            temporary.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+            with suppress(OSError):
+                temporary.unlink()
             raise InputError(
-                f"{path} could not be written ({reason}): free space or choose another --run_dir; earlier files are whole"
+                f"{path} could not be written ({why(error)}): what was saved before is whole; make room, then go on from it"
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -76,8 +85,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path) if prepared is None else prepared
 
 
+def why(error: BaseException) -> str:
+    """The cause of a failed write in the system's words."""
+    cause = error if isinstance(error, OSError) else error.__context__
+    return getattr(cause, "strerror", None) or str(error).split("\n")[0]
+
+
+def sync(descriptor: int) -> None:
+    """Returns when a file is on the disk, through the disk's own cache too, where the system can say so (macOS)."""
+    if (full := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
+        fcntl.fcntl(descriptor, full)
+    else:
+        os.fsync(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
-    """Makes a rename in a folder durable; a no-op where folders cannot be opened."""
+    """Makes a rename in a folder durable; nothing to do where folders cannot be opened."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -129,7 +152,7 @@ def read_checkpoint(path: Any) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"the checkpoint {path} is a directory: name a file in it{offer(path / 'x').replace(': give', ', or give')}")
+        raise InputError(f"the checkpoint {path} is a directory: name a file in it, such as {path / LAST}")
     if not path.is_file():
         raise InputError(f"the checkpoint {path} does not exist" + offer(path))
     forced = os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
@@ -137,6 +160,9 @@ def read_checkpoint(path: Any) -> dict[str, Any]:
         if not zipfile.is_zipfile(path):
             raise InputError(f"{path} is not a whole checkpoint ({path.stat().st_size} bytes)" + offer(path))
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        ours = isinstance(checkpoint, dict) and checkpoint.keys() >= NEEDED
+        padded = [name for name, tensor in tensors(checkpoint) if not is_plain(tensor)]
+        whole = ours and not padded and digest(checkpoint) == checkpoint["digest"]
     except InputError:
         raise
     except PermissionError:
@@ -146,11 +172,16 @@ def read_checkpoint(path: Any) -> dict[str, Any]:
     finally:
         if forced is not None:
             os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = forced
-    if not isinstance(checkpoint, dict) or not NEEDED <= checkpoint.keys():
+    if not ours:
         raise InputError(f"{path} is not a checkpoint that minigpt wrote" + offer(path))
-    if digest(checkpoint) != checkpoint["digest"]:
+    if not whole:
         raise InputError(f"{path} is damaged: its weights or optimizer states differ from their digest" + offer(path))
     return checkpoint
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the file has every element of it: torch rebuilds a tensor of any size from one repeated number."""
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() >= tensor.nbytes
 
 
 def reason(error: Exception) -> str:
@@ -161,50 +192,35 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:80]}"
 
 
-def check_sizes_fit(checkpoint: dict[str, Any]) -> None:
-    """Compares the sizes that a checkpoint's settings claim with its tensors, before any model is built.
-
-    Raises:
-        InputError: If they differ.
-    """
-    weights, claimed = checkpoint["state_dict"], checkpoint["settings"]["model"]["init_args"]
-    table = weights.get("net.token_embedding.weight")
-    found = {
-        "n_layer": len({name.split(".")[2] for name in weights if name.startswith("net.blocks.")}),
-        "n_embd": table.shape[1] if table is not None else 0,
-    }
-    for name, value in {**claimed, "vocab_size": checkpoint["vocab_size"]}.items():
-        if name == "vocab_size" and table is not None:
-            found[name] = table.shape[0]
-        if name == "n_experts" and value:
-            experts = weights.get("net.blocks.0.feed_forward.gate_up")
-            found[name] = experts.shape[0] if experts is not None else 0
-        if name == "block_size" and (positions := weights.get("net.position_embedding.weight")) is not None:
-            found[name] = positions.shape[0]
-        if name == "ffn_mult":
-            gate_up = [w for n, w in weights.items() if n.startswith("net.blocks.0.feed_forward.gate_up")]
-            width = gate_up[0].shape[-2] // 2 if gate_up else 0
-            found[name] = value if int(value * found["n_embd"]) == width else width / max(1, found["n_embd"])
-        if name in found and value != found[name]:
-            raise InputError(f"the checkpoint claims model.{name} {value}, but its weights have {found[name]}: it is not whole")
-
-
 def clean_leftovers(folder: Path) -> None:
     """Removes what a writer that died has left half-written."""
     for leftover in folder.glob(f"*{TEMPORARY}"):
         leftover.unlink()
 
 
-def whole_steps(loops: dict[str, Any], batches: int) -> None:
-    """Rewrites the saved progress of Lightning's loops, in place, to: `batches` micro-batches done, no check under way.
+def progress(steps: int, batches: int, checked: bool) -> dict[str, Any]:
+    """What Lightning's loops are to restore: so many steps and micro-batches done, and no check under way.
 
-    Lightning saves what it was in the middle of, and acts on it after a resume; we only save where a step, and the
-    check that belongs to it, are complete.
+    Lightning saves what it was in the midst of, and acts on it after a resume; we only save where a step, and the check
+    that belongs to it, are complete.
+
+    Args:
+        steps: Optimizer steps.
+        batches: Micro-batches.
+        checked: Whether a check lies at this step: Lightning then counts a step for its loggers as it skips it.
     """
-    fit = loops["fit_loop"]
-    done = dict.fromkeys(("ready", "started", "processed", "completed"), batches)
-    fit["epoch_loop.batch_progress"].update(total=dict(done), current=dict(done), is_last_batch=False)
-    begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0} if batches else dict.fromkeys(done, 0)
-    fit["epoch_progress"].update(total=dict(begun), current=dict(begun))
-    none = dict.fromkeys(done, 0)
-    fit["epoch_loop.val_loop.batch_progress"].update(total=dict(none), current=dict(none), is_last_batch=False)
+
+    def both(ready: int, started: int, completed: int) -> dict[str, dict[str, int]]:
+        count = {"ready": ready, "started": started, "processed": completed, "completed": completed}
+        return {"total": dict(count), "current": dict(count)}
+
+    return {
+        "fit_loop": {
+            "epoch_progress": both(1, 1, 0) if steps else both(0, 0, 0),
+            "epoch_loop.state_dict": {"_batches_that_stepped": steps - checked},
+            "epoch_loop.batch_progress": both(batches, batches, batches) | {"is_last_batch": False},
+            "epoch_loop.automatic_optimization.optim_progress": {
+                "optimizer": {"step": both(steps, steps, steps), "zero_grad": both(steps, steps, steps)}
+            },
+        }
+    }

@@ -6,7 +6,7 @@ The table of commands and the exit statuses are in `__main__`; what --help shows
 
 import argparse
 import secrets
-import sys
+import signal
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,15 +22,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from minigpt_pl import helptext, run_dir, signals
 from minigpt_pl.callbacks import Bar, SampleText, SeedSteps, TrainFigures, WriteText, sample_text
-from minigpt_pl.checkpoint import AtomicCheckpointIO, check_sizes_fit, find_checkpoint, read_checkpoint, whole_steps
+from minigpt_pl.checkpoint import AtomicCheckpointIO, find_checkpoint, progress, read_checkpoint
 from minigpt_pl.data import TextDataModule
-from minigpt_pl.errors import InputError, one_line
+from minigpt_pl.errors import InputError, one_line, say
 from minigpt_pl.generation import Sampling
 from minigpt_pl.loggers import MetricsCSV, Wandb
-from minigpt_pl.modules import LanguageModel
+from minigpt_pl.modules import LanguageModel, check_sizes_fit
 from minigpt_pl.saving import BestCheckpoint, LastCheckpoint, SaveSettings
 from minigpt_pl.stopping import StopEarly, StopTraining
-from minigpt_pl.summary import RunSummary, table
+from minigpt_pl.summary import RunSummary, how_to_go_on, table
+from minigpt_pl.vetting import harmless
 
 HOME = Path(__file__).parent / "shipped"
 CONFIGS = (HOME if HOME.exists() else HOME.parents[1]) / "configs"
@@ -117,7 +118,7 @@ class MiniGPTCLI(LightningCLI):
     # What may be said.
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        seed = 1337 if self.fits else 0
+        seed = None if self.fits else 0  # default.yaml has it; the other commands draw nothing but samples
         parser.add_argument("--seed_everything", type=int, default=seed, help="Decides all that is random in a run.")
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -157,7 +158,7 @@ class MiniGPTCLI(LightningCLI):
                     "and a new --run_dir"
                 )
             self.saved = read_checkpoint(self.ckpt_path)
-            settings = helptext.harmless(self.saved["settings"], self.ckpt_path, self.options)
+            settings = harmless(self.saved["settings"], self.ckpt_path, self.options)
             check_sizes_fit(self.saved)
             if not self.fits:
                 settings = {key: settings[key] for key in ("model", "data")}
@@ -207,7 +208,7 @@ class MiniGPTCLI(LightningCLI):
             plain = name.replace(".init_args", "")
             if name in fixed or name == "model.class_path":
                 raise InputError(f"{plain} is {after}, but {self.ckpt_path} has {before}: leave it out, or train anew")
-            print(f"{plain}: {before} -> {after}", file=sys.stderr)
+            say(f"{plain}: {before} -> {after}")
 
     def vocab_size(self, data: TextDataModule) -> int:
         if self.saved:
@@ -271,7 +272,7 @@ class MiniGPTCLI(LightningCLI):
             raise InputError(f"trainer.gradient_clip_val is {clip}: it must be positive, or null for no clipping")
         gate = getattr(init.model, "moe_gate", None)
         if gate == "softmax_selected":
-            print("model.moe_gate softmax_selected at moe_top_k 1 is the constant 1", file=sys.stderr)
+            say("model.moe_gate softmax_selected at moe_top_k 1 is the constant 1")
 
     def prepare(self) -> None:
         init = self.config_init[self.command]
@@ -289,44 +290,55 @@ class MiniGPTCLI(LightningCLI):
 
     def fit(self, model: LanguageModel, **kwargs: Any) -> None:
         trainer, init = self.trainer, self.config_init["fit"]
-        lock = run_dir.claim(self.run_dir, self.goes_on) if trainer.is_global_zero else None
-        try:
-            step = self.saved["global_step"] if self.goes_on else 0
-            if self.saved:
-                self.io.prepared = self.as_resumed()
-            grown = self.goes_on and step < trainer.max_steps and step % init.data.eval_every != 0
-            trainer.loggers = [MetricsCSV(self.run_dir / "metrics.csv", step, drop_check=grown)]
-            if init.wandb is not None:
-                trainer.loggers += [init.wandb.logger(self.run_dir, self.wandb_id, self.settings)]
-            if said := self.datamodule.thinned("val"):
-                print(said, file=sys.stderr)
-            trainer.fit(model, datamodule=self.datamodule, ckpt_path=init.ckpt_path)
-            self.close()
-        finally:
-            wandb.finish()
-            if lock is not None:
-                run_dir.release(lock)
+        with run_dir.claimed(self.run_dir, self.goes_on):
+            signals.before_leaving.append(self.end_other_processes)
+            try:
+                step = self.saved["global_step"] if self.goes_on else 0
+                if self.saved:
+                    self.io.prepared = self.as_resumed()
+                grown = step < trainer.max_steps and self.goes_on and bool(self.saved["callbacks"]["RunSummary"]["off_grid"])
+                trainer.loggers = [MetricsCSV(self.run_dir / "metrics.csv", step, drop_check=grown)]
+                if init.wandb is not None:
+                    trainer.loggers += [init.wandb.logger(self.run_dir, self.wandb_id, self.settings)]
+                if said := self.datamodule.thinned("val"):
+                    say(said)
+                trainer.fit(model, datamodule=self.datamodule, ckpt_path=init.ckpt_path)
+                self.close()
+            except BaseException as error:
+                self.end_other_processes()
+                if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                    raise InputError(f"{error.filename or self.run_dir} could not be written or read ({error.strerror})") from error
+                raise
+            finally:
+                wandb.finish()
+
+    def end_other_processes(self) -> None:
+        """Ends those that train on other devices: they would wait for this one for ever."""
+        if (launcher := self.trainer.strategy.launcher) is not None:
+            launcher.kill(signal.SIGKILL)
 
     def as_resumed(self) -> dict[str, Any]:
         """The checkpoint as Lightning is to restore it."""
-        checkpoint = dict(self.saved)
-        whole_steps(checkpoint["loops"], checkpoint["global_step"] * self.trainer.accumulate_grad_batches)
+        steps = self.saved["global_step"]
+        loops = progress(
+            steps, steps * self.trainer.accumulate_grad_batches, checked=steps % self.config_init["fit"].data.eval_every == 0
+        )
         kept = {callback.state_key for callback in self.trainer.callbacks}
         if not self.goes_on:  # a branch counts its own checks; what it has learned from is its parent's
             kept = {TrainFigures().state_key}
-        checkpoint["callbacks"] = {key: state for key, state in checkpoint["callbacks"].items() if key in kept}
-        return checkpoint
+        callbacks = {key: state for key, state in self.saved["callbacks"].items() if key in kept}
+        return self.saved | {"loops": loops, "callbacks": callbacks}
 
     def close(self) -> None:
         """The end of a run: exit status, a table, and a sample of the best model."""
-        stopped = {"interrupted": 130, "terminated": 143}
-        self.status = stopped.get(self.stops.reason or "", 0)
-        summary = self.summary.written
-        if summary is None or not self.trainer.is_global_zero:
-            if self.trainer.is_global_zero:
-                print(f"nothing is left to train: {self.run_dir} has done trainer.max_steps {self.trainer.max_steps}")
+        if not self.trainer.is_global_zero:
             return
-        print(f"\n{table(summary, self.run_dir)}")
+        self.status = {"interrupted": 130, "terminated": 143}.get(self.stops.reason or "", 0)
+        if self.summary.written is None:
+            print(f"nothing is left to train: {self.run_dir} has done trainer.max_steps {self.trainer.max_steps}")
+            print(f"continue with: {how_to_go_on('completed', self.run_dir)}")
+            return
+        print(f"\n{table(self.summary.written, self.run_dir)}")
         best = self.run_dir / "best.ckpt"
         if self.status == 0 and best.exists():
             self.model.load_state_dict(read_checkpoint(best)["state_dict"])
@@ -341,7 +353,7 @@ class MiniGPTCLI(LightningCLI):
 
     def score(self, part: str, method: Any) -> None:
         if said := self.datamodule.thinned(part):
-            print(said, file=sys.stderr)
+            say(said)
         method(self.model, datamodule=self.datamodule, verbose=False)
         if self.trainer.is_global_zero:
             for name, value in self.model.figures.items():

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from minigpt_pl import signals
 from minigpt_pl import tokenizer as tokenizers
-from minigpt_pl.errors import InputError
+from minigpt_pl.errors import InputError, say
 from minigpt_pl.randomness import fractions
 from minigpt_pl.text import TextInfo, pieces, scan, write_atomically
 from minigpt_pl.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
@@ -310,11 +311,13 @@ class TextDataModule(LightningDataModule):
             if self.saved and not path.exists():
                 raise InputError(f"the checkpoint's text {path} is gone: name it with --data.path FILE")
             info = scan(path, cache)
-            if self.saved and info.sha256 != self.saved["text_sha256"] and not self.allow_changed_text:
-                raise InputError(
-                    f"data.path {path} is not the text that the checkpoint was trained on: name that one with "
-                    "--data.path FILE, or give --data.allow_changed_text true"
-                )
+            if self.saved and info.sha256 != self.saved["text_sha256"]:
+                if not self.allow_changed_text:
+                    raise InputError(
+                        f"data.path {path} is not the text that the checkpoint was trained on: name that one with "
+                        "--data.path FILE, or give --data.allow_changed_text true"
+                    )
+                say(f"data.path {path} is not the text that the checkpoint was trained on: going on with it")
             ends = [int(f * info.characters) for f in (self.train_frac, 1 - self.test_frac)] + [info.characters]
             if self.saved:
                 tokenizer = tokenizers.load(self.saved["tokenizer"])
@@ -406,8 +409,9 @@ class TextDataModule(LightningDataModule):
     def _loader(self, dataset: Dataset[Any], sampler: Sampler[Any]) -> DataLoader[Any]:
         # A generator of its own: making an iterator draws a seed, which must not come from the global one.
         return DataLoader(
-            dataset, batch_size=None, sampler=sampler, num_workers=self.num_workers, generator=torch.Generator()
-        )
+            dataset, batch_size=None, sampler=sampler, num_workers=self.num_workers, generator=torch.Generator(),
+            worker_init_fn=signals.ignore,
+        )  # fmt: skip
 
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer = self.trainer

@@ -3,7 +3,9 @@
 No error is caught here: `__main__` turns these into exit statuses.
 """
 
+import os
 import re
+import sys
 
 CHATTER = [  # the parser's wording, and ours
     (r"(?s)Call to compute_fn of link .* failed: ", ""),
@@ -27,6 +29,17 @@ class InputError(ValueError):
 
 class Diverged(RuntimeError):
     """The loss, the gradient or a weight is no longer a finite number: exit status 3."""
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that the user started, and not one that it started for another device."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def say(message: str) -> None:
+    """One line on stderr, once, however many processes there are."""
+    if is_first_process():
+        print(message, file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:

@@ -36,7 +36,6 @@ HELP = {  # the settings of the Trainer that --help shows, in our words; --train
     "config": "Settings from a file, or a shipped one such as modern or journey/p2_refine.",
 }
 MODELS = {"ClassicLM": ClassicLM, "ModernLM": ModernLM}
-TRUSTED = ("minigpt_pl.", "lightning.pytorch.")
 
 
 class Help(DefaultHelpFormatter):
@@ -126,38 +125,6 @@ def differences(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> I
             yield from differences(before, after, f"{prefix}{name}.")
         elif before != after:
             yield f"{prefix}{name}", before, after
-
-
-def harmless(settings: dict[str, Any], path: Path, options: list[str]) -> dict[str, Any]:
-    """The settings of a checkpoint, if every class in them is this project's or Lightning's.
-
-    Raises:
-        InputError: If one is not; a user's own class must be given again on the command line.
-    """
-    given_again = {option.partition("=")[0].rstrip("+").lstrip("-") for option in options}
-    kept = dict(settings, trainer={k: v for k, v in settings.get("trainer", {}).items() if f"trainer.{k}" not in given_again})
-
-    def look(node: Any, inside_class: bool) -> None:
-        if isinstance(node, dict):
-            if "class_path" in node:
-                inside_class = True
-                if not str(node["class_path"]).startswith(TRUSTED):
-                    raise InputError(
-                        f"{path} names the class {node['class_path']}, which is neither minigpt_pl's nor Lightning's: "
-                        "give it again on the command line if you trust it, with --trainer.callbacks or where it stood"
-                    )
-            for value in node.values():
-                look(value, inside_class)
-        elif isinstance(node, (list, tuple)):
-            for value in node:
-                look(value, inside_class)
-        elif inside_class and isinstance(node, str) and not node.startswith(TRUSTED) and re.fullmatch(r"\w+(\.\w+)+", node):
-            raise InputError(f"{path} names {node} inside a class's settings: nothing is loaded from there")
-
-    look(kept, False)
-    if kept["model"]["class_path"].rpartition(".")[2] not in MODELS:
-        raise InputError(f"{path} holds a {kept['model']['class_path']}: there are {' and '.join(MODELS)}")
-    return kept
 
 
 def prompts(prompt: str, file: str) -> list[str]:

@@ -14,6 +14,8 @@ import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from minigpt_pl.checkpoint import TEMPORARY
+
 FIRST = ["step", "part"]
 
 
@@ -31,8 +33,7 @@ class MetricsCSV(Logger):
         self.path = path
         self.columns = list(FIRST)
         self.rows: list[dict[str, str]] = []
-        self._resume = (step, drop_check)
-        self._opened = False
+        self._begin(step, drop_check)
 
     @property
     def name(self) -> str:
@@ -47,25 +48,19 @@ class MetricsCSV(Logger):
         """config.yaml has them."""
 
     @rank_zero_only
-    def open(self) -> None:
-        """Reads what is there and drops what the resumed run will write again."""
-        step, drop_check = self._resume
+    def _begin(self, step: int, drop_check: bool) -> None:
         if self.path.exists() and step > 0:
             with self.path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
                 self.columns = list(reader.fieldnames or FIRST)
+                kept = ((step, "train"), (step, "" if drop_check else "val"))
                 for row in reader:
-                    if not (row["step"] or "").isdigit() or row[self.columns[-1]] is None:
-                        continue  # the end of a file that was cut off
-                    if int(row["step"]) < step or int(row["step"]) == step and not (drop_check and row["part"] == "val"):
+                    if (row["step"] or "").isdigit() and (int(row["step"]) < step or (int(row["step"]), row["part"]) in kept):
                         self.rows.append(row)
         self._rewrite()
-        self._opened = True
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if not self._opened:
-            self.open()
         part = "val" if "val/loss" in metrics else "train"
         row = {"step": str(step), "part": part} | {name: repr(value) for name, value in metrics.items()}
         self.rows.append(row)
@@ -77,7 +72,7 @@ class MetricsCSV(Logger):
                 csv.DictWriter(file, self.columns).writerow(row)
 
     def _rewrite(self) -> None:
-        temporary = self.path.with_name(f"{self.path.name}.writing")
+        temporary = self.path.with_name(f"{self.path.name}{TEMPORARY}")
         with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()

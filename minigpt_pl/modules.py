@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from minigpt_pl.checkpoint import check_sizes_fit, read_checkpoint
+from minigpt_pl.checkpoint import read_checkpoint
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation import Sampling, generate
 from minigpt_pl.models import GPT, ClassicGPT, ModernGPT, nll
@@ -276,6 +276,10 @@ class ModernLM(LanguageModel):
         return figures
 
 
+MODELS = {f"{cls.__module__}.{cls.__name__}": cls for cls in (ClassicLM, ModernLM)}
+LONGEST = 1 << 20  # tokens of context that a checkpoint may claim: rotary tables leave no trace in it
+
+
 def from_checkpoint(saved: dict[str, Any], expected: type[LanguageModel] = LanguageModel, **settings: Any) -> LanguageModel:
     """The model of a checkpoint that `read_checkpoint` has read, in eval mode on the CPU.
 
@@ -284,12 +288,34 @@ def from_checkpoint(saved: dict[str, Any], expected: type[LanguageModel] = Langu
         expected: The class it must be of.
         settings: Override the stored ones.
     """
-    classes = {f"{cls.__module__}.{cls.__name__}": cls for cls in (ClassicLM, ModernLM)}
-    model = saved["settings"]["model"]
-    if model["class_path"] not in classes or not issubclass(classes[model["class_path"]], expected):
-        raise InputError(f"the checkpoint holds a {model['class_path']}, not a {expected.__name__}")
-    arguments = {**model["init_args"], **settings, "vocab_size": saved["vocab_size"]}
     check_sizes_fit(saved)
-    built = classes[model["class_path"]](**arguments)
+    model = saved["settings"]["model"]
+    cls = MODELS[model["class_path"]]
+    if not issubclass(cls, expected):
+        raise InputError(f"the checkpoint holds a {cls.__name__}, not a {expected.__name__}")
+    built = cls(**{**model["init_args"], **settings, "vocab_size": saved["vocab_size"]})
     built.load_state_dict(saved["state_dict"])
     return built.eval()
+
+
+def check_sizes_fit(saved: dict[str, Any]) -> None:
+    """Compares the sizes that a checkpoint's settings claim with its tensors, before memory is taken for any.
+
+    Raises:
+        InputError: If they differ, or the settings are those of no model.
+    """
+    try:
+        named, arguments = saved["settings"]["model"]["class_path"], saved["settings"]["model"]["init_args"]
+        if (cls := MODELS.get(named)) is None:
+            raise ValueError(f"there is no model {named!r}; there are {', '.join(MODELS)}")
+        blocks = {name.split(".")[2] for name in saved["state_dict"] if name.startswith("net.blocks.")}
+        if arguments["n_layer"] != len(blocks) or not arguments["block_size"] <= LONGEST:
+            raise ValueError(f"n_layer {arguments['n_layer']}, block_size {arguments['block_size']}: {len(blocks)} blocks")
+        with torch.device("meta"):  # shapes without numbers
+            claimed = cls(**{**arguments, "vocab_size": saved["vocab_size"]}).state_dict()
+        for name in sorted(claimed.keys() | saved["state_dict"].keys()):
+            shapes = [tuple(weights[name].shape) if name in weights else "none" for weights in (claimed, saved["state_dict"])]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"{name} of shape {shapes[0]} claimed, {shapes[1]} found")
+    except Exception as error:  # settings may hold anything
+        raise InputError(f"the checkpoint's settings do not fit its weights: {str(error)[:200] or repr(error)}") from None

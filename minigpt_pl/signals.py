@@ -1,31 +1,37 @@
 """What Ctrl-C and SIGTERM do: leave at once, or, while a run trains, be noted until the step is whole.
 
-Nothing heavy is imported here: the handlers stand before torch is loaded. Who stops a run is in `callbacks`.
+Nothing heavy is imported here: the handlers stand before torch is loaded. Who stops a run is in `stopping`.
 """
 
 import os
 import signal
-import sys
 from collections.abc import Callable
 from types import FrameType
+
+from minigpt_pl.errors import is_first_process
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 noted: int | None = None
 """The signal that asked a training run to stop, or None."""
 
-before_leaving: list[Callable[[int], None]] = []
-"""Called with the signal's number when it ends the process at once: what would be left half-made goes."""
+before_leaving: list[Callable[[], None]] = []
+"""Called when a signal ends the process at once: what would be left half-made goes, and so do its other processes."""
 
 deferring = False
 """Whether a training run is under way, which stops at the end of a step."""
 
+_owner: int | None = None
+
 
 def _handle(number: int, frame: FrameType | None) -> None:
     global noted
+    if os.getpid() != _owner:
+        return  # a forked worker, which Ctrl-C reaches too: its parent decides
     if deferring and noted is None:
         noted = number
-        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+        if is_first_process():  # print() may be where the signal struck, and cannot be entered twice
+            os.write(2, b"\nstopping after this step and its check; once more stops at once\n")
         return
     leave_at_once(number)
 
@@ -35,18 +41,25 @@ def leave_at_once(number: int) -> None:
     for stop in STOPS:
         signal.signal(stop, signal.SIG_IGN)
     for clean in before_leaving:
-        clean(number)
+        clean()
     os._exit(128 + number)
 
 
 def install() -> None:
-    """Sets our handlers; called on the first line of `main` and again where Lightning has set its own."""
+    """Sets our handlers: the first thing that `main` does."""
+    global _owner
+    _owner = os.getpid()
     for stop in STOPS:
         signal.signal(stop, _handle)
+
+
+def ignore(worker: int) -> None:
+    """For a data loader's worker, which a signal to the whole group reaches too: it ends when its parent does."""
+    for stop in STOPS:
+        signal.signal(stop, signal.SIG_IGN)
 
 
 def defer(wanted: bool) -> None:
     """From now on the first signal is only noted, and a second one ends the process; or no longer."""
     global noted, deferring
-    noted = None if wanted else noted
-    deferring = wanted
+    noted, deferring = None, wanted

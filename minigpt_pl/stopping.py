@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from minigpt_pl import signals
-from minigpt_pl.callbacks import step_is_whole
+from minigpt_pl.callbacks import is_off_grid, step_is_whole
 from minigpt_pl.errors import InputError
 
 
@@ -26,7 +26,7 @@ class StopEarly(EarlyStopping):
         min_delta: A smaller step down is no improvement.
     """
 
-    def __init__(self, patience: int, min_delta: float = 0.0):
+    def __init__(self, patience: int, min_delta: float):
         if patience < 1:
             raise InputError(f"early_stopping.patience is {patience}: it must be at least 1; null never stops")
         if not min_delta >= 0:
@@ -34,8 +34,8 @@ class StopEarly(EarlyStopping):
         super().__init__(
             "val/loss", patience=patience, min_delta=min_delta, check_finite=False, check_on_train_epoch_end=False
         )
-        self.before_last_check: dict[str, Any] | None = None
-        """The count before a check at max_steps that lies off the grid; a run that is extended goes back to it."""
+        self._before: dict[str, Any] | None = None
+        """The count before a check off the grid, which a run that goes on beyond it would not have made."""
 
     @property
     def state_key(self) -> str:
@@ -45,21 +45,23 @@ class StopEarly(EarlyStopping):
     def has_run_out(self) -> bool:
         return self.wait_count >= self.patience
 
+    def _count(self) -> dict[str, Any]:
+        return {"wait_count": self.wait_count, "best_score": self.best_score}
+
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"before_last_check": self.before_last_check}
+        return self._count() | {"before": self._before}  # no patience: the settings have it
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.before_last_check = state_dict["before_last_check"]
-        super().load_state_dict({**state_dict, "patience": self.patience})  # the settings win over the checkpoint
+        self.wait_count, self.best_score = state_dict["wait_count"], state_dict["best_score"]
+        self._before = state_dict["before"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        off_grid = trainer.global_step % trainer.datamodule.eval_every != 0
-        self.before_last_check = super().state_dict() if off_grid else None
+        self._before = self._count() if is_off_grid(trainer) else None
         super().on_validation_end(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.before_last_check and trainer.global_step < trainer.max_steps:
-            super().load_state_dict({**self.before_last_check, "patience": self.patience})
+        if self._before:
+            self.load_state_dict(self._before | {"before": None})
         trainer.should_stop = self.has_run_out
 
 
@@ -67,7 +69,7 @@ class StopTraining(Callback):
     """Ends a run at the end of a step: after a signal, when its time is up, or at a max_steps off the checks' grid.
 
     Args:
-        max_time: Longest time to train, or None.
+        max_time: Longest time to train, that before a resume included, or None.
 
     Attributes:
         reason: Why the run was stopped: interrupted, terminated, time_limit, or None.
@@ -76,25 +78,34 @@ class StopTraining(Callback):
     def __init__(self, max_time: timedelta | None):
         self.max_time = max_time
         self.reason: str | None = None
-        self.seconds_before = 0.0
-        self._began = 0.0
+        self._seconds_before = 0.0
+        self._began: float | None = None
 
+    @property
     def seconds(self) -> float:
         """Time in the fit loop, that before a resume included."""
-        return self.seconds_before + (time.perf_counter() - self._began if self._began else 0.0)
+        return self._seconds_before + (0.0 if self._began is None else time.perf_counter() - self._began)
+
+    @property
+    def state_key(self) -> str:
+        return type(self).__name__
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds()}
+        return {"seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds_before = state_dict["seconds"]
+        self._seconds_before = state_dict["seconds"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Lightning's handlers lose a check, leave with 0 or 1, and wait for processes that may be gone; ours stand.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.perf_counter()
+        self._look(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if not signals.deferring:  # the first last.ckpt is written
-            signals.install()  # Lightning has set its own, which lose checks and exit with 0 or 1
             signals.defer(True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -110,7 +121,7 @@ class StopTraining(Callback):
         code = 0
         if signals.noted is not None:
             code = signals.noted
-        elif self.max_time is not None and self.seconds() >= self.max_time.total_seconds():
+        elif self.max_time is not None and self.seconds >= self.max_time.total_seconds():
             code = -1
         if trainer.world_size > 1:  # all stop after the same step
             codes = trainer.strategy.all_gather(torch.tensor(code, device=pl_module.device)).tolist()

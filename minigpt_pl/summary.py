@@ -5,7 +5,9 @@ The figures are counted in `modules` and `callbacks`; here they are only put tog
 
 import json
 import platform
+import shlex
 import subprocess
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from minigpt_pl.callbacks import TrainFigures
+from minigpt_pl.callbacks import TrainFigures, is_off_grid
 from minigpt_pl.errors import Diverged
 from minigpt_pl.stopping import StopEarly, StopTraining
 from minigpt_pl.text import write_atomically
@@ -27,7 +29,7 @@ def git_commit() -> str | None:
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+            cwd=here, capture_output=True, text=True, timeout=10, check=True, start_new_session=True,  # no Ctrl-C for it
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
@@ -41,22 +43,37 @@ class RunSummary(Callback):
         settings: The whole resolved configuration.
         parent: The checkpoint that a branch starts from, or None.
         parent_step: Its step.
+
+    Attributes:
+        off_grid: Of the last check, if it lay off the grid: final_val before it. A run that goes on beyond it drops it.
     """
 
     def __init__(self, settings: dict[str, Any], parent: str | None, parent_step: int | None):
         self.settings = settings
         self.parent, self.parent_step = parent, parent_step
-        self.best: dict[str, Any] = {"best_val": None, "best_step": None, "best_nats_per_char": None, "best_bits_per_byte": None}
+        self.best: dict[str, Any] = dict.fromkeys(("best_val", "best_step", "best_nats_per_char", "best_bits_per_byte"))
         self.final_val: float | None = None
+        self.off_grid: dict[str, float | None] = {}
         self.written: dict[str, Any] | None = None
+        self._started = False
+
+    @property
+    def state_key(self) -> str:
+        return type(self).__name__
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "final_val": self.final_val, "parent": self.parent, "parent_step": self.parent_step}
+        return {name: getattr(self, name) for name in ("best", "final_val", "off_grid", "parent", "parent_step")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.__dict__.update(state_dict)
+        self.best, self.final_val, self.off_grid = (state_dict[name] for name in ("best", "final_val", "off_grid"))
+        self.parent, self.parent_step = state_dict["parent"], state_dict["parent_step"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = True
+        self.final_val, self.off_grid = self.off_grid.get("final_val", self.final_val), {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.off_grid = {"final_val": self.final_val} if is_off_grid(trainer) else {}
         self.final_val = pl_module.figures["val/loss"]
         if self.best["best_val"] is None or self.final_val < self.best["best_val"]:
             self.best = {
@@ -73,7 +90,9 @@ class RunSummary(Callback):
         self._write(trainer, pl_module, reason)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._write(trainer, pl_module, "diverged" if isinstance(exception, Diverged) else "error")
+        if self._started:
+            with suppress(OSError):  # the disk may be why it ends
+                self._write(trainer, pl_module, "diverged" if isinstance(exception, Diverged) else "error")
 
     @torch.no_grad()
     def _final_train_loss(self, trainer: Trainer, pl_module: Any) -> float:
@@ -86,7 +105,7 @@ class RunSummary(Callback):
         return nats / tokens
 
     def _write(self, trainer: Trainer, pl_module: Any, reason: str) -> None:
-        figures, seconds = _find(trainer, TrainFigures), _find(trainer, StopTraining).seconds()
+        figures, seconds = _find(trainer, TrainFigures), _find(trainer, StopTraining).seconds
         final_train = self._final_train_loss(trainer, pl_module) if reason in ENDS_BY_ITSELF else None
         if not trainer.is_global_zero:
             return
@@ -124,7 +143,7 @@ def _find(trainer: Trainer, kind: type[Any]) -> Any:
 
 
 def table(summary: dict[str, Any], run_dir: Path) -> str:
-    """The end of a run in a few lines."""
+    """The end of a run in a few lines, and how to go on from it."""
     best = "none: no check was made"
     if summary["best_val"] is not None:
         best = f"{summary['best_val']:.4f} nats/token, {summary['best_nats_per_char']:.4f} nats/char at step {summary['best_step']}"
@@ -135,5 +154,16 @@ def table(summary: dict[str, Any], run_dir: Path) -> str:
         "speed": f"{speed}{summary['wall_seconds']:.0f} s in all",
         "model": f"{summary['params_total']:,} parameters, {summary['params_active']:,} active",
         "files": f"{run_dir}",
+        "continue with": how_to_go_on(summary["stop_reason"], run_dir),
     }
     return "\n".join(f"  {name:14}{value}" for name, value in rows.items())
+
+
+def how_to_go_on(reason: str, run_dir: Path) -> str:
+    """The command that goes on with a run that has stopped."""
+    more = {
+        "completed": " --trainer.max_steps MORE",
+        "early_stopping": " --early_stopping.patience MORE",
+        "time_limit": " --trainer.max_time MORE",
+    }
+    return f"minigpt fit --run_dir {shlex.quote(str(run_dir))} --ckpt_path last{more.get(reason, '')}"

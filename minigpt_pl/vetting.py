@@ -1,0 +1,90 @@
+"""What the settings inside a checkpoint may say: they are parsed like the user's own, but anyone may have written them.
+
+The tensors are vetted in `checkpoint`, the sizes in `modules`.
+"""
+
+import re
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+from minigpt_pl.errors import InputError
+
+TRUSTED = ("minigpt_pl.", "lightning.pytorch.")
+WORD = re.compile(r"[\w:+, -]*")
+"""What a setting of the Trainer may be, where it is a string: a device, a precision, a time; no file and no class."""
+IMPORT = re.compile(r"\w+(\.\w+)+")
+
+
+def harmless(settings: Any, path: Path, options: Iterable[str]) -> dict[str, Any]:
+    """The settings of a checkpoint, if nothing but this project's and Lightning's classes is built from them.
+
+    Args:
+        settings: As the checkpoint has them.
+        path: The checkpoint, for messages.
+        options: The command line; what it says of the Trainer again is not taken from the checkpoint.
+
+    Raises:
+        InputError: If a class is neither; a user's own must be given again on the command line.
+    """
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(name), dict) for name in ("model", "data", "trainer")):
+        raise InputError(f"{path} has no settings of a run")
+    again = {option.partition("=")[0].rstrip("+").removeprefix("--trainer.") for option in options}
+    trainer = {name: value for name, value in settings["trainer"].items() if name not in again}
+    for section in (trainer, settings["model"].get("init_args"), *(settings[k] for k in settings.keys() - {"model", "trainer"})):
+        _look(section, path, built=section is trainer)
+    # To go on with a changed text is agreed to once, not for ever.
+    return settings | {"trainer": trainer, "data": settings["data"] | {"allow_changed_text": False}}
+
+
+def _look(node: Any, path: Path, built: bool) -> None:
+    """Refuses what would build or import a thing that is not trusted; `built`: where classes may be named at all."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name == "class_path":
+                if not built or not _is_trusted(value):
+                    _refuse(path, value)
+            elif name == "init_args":
+                _look_inside(value, path)
+            else:
+                _look(value, path, built)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            _look(value, path, built)
+    elif built and isinstance(node, str) and not WORD.fullmatch(node) and not _is_trusted(node):
+        _refuse(path, node)
+
+
+def _look_inside(node: Any, path: Path) -> None:
+    """The arguments of a class: plain values, or classes as before; nothing that a parser could import as a function."""
+    if isinstance(node, dict):
+        if "class_path" in node:
+            _look(node, path, built=True)
+        else:
+            for value in node.values():
+                _look_inside(value, path)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            _look_inside(value, path)
+    elif isinstance(node, str) and IMPORT.fullmatch(node):
+        _refuse(path, node)
+
+
+def _is_trusted(name: Any) -> bool:
+    """Whether this is a class that one of the trusted packages defines, not one that they only import."""
+    if not isinstance(name, str) or not name.startswith(TRUSTED):
+        return False
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError):
+        return False
+    return isinstance(found, type) and found.__module__.startswith((*TRUSTED, "lightning.fabric."))
+
+
+def _refuse(path: Path, name: Any) -> NoReturn:
+    raise InputError(
+        f"{path} names {name!r}, which is no class of minigpt_pl or Lightning: if you trust it, give it again on the "
+        "command line, with --trainer.callbacks or where it stood"
+    )
