@@ -97,6 +97,7 @@ class Rope(nn.Module):
         super().__init__()
         if head_width % 2:
             raise ValueError(f"the head width n_embd / n_head is {head_width}: rotary positions need an even one")
+        self.theta = theta
         rates = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
         angles = torch.arange(block_size, dtype=torch.float32)[:, None] * rates  # (T, D / 2)
         self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], -1), persistent=False)  # (T, D)

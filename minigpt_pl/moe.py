@@ -52,7 +52,7 @@ class MoE(nn.Module):
         weights_NK, chosen_NK = probs_NE.topk(self.top_k, sorted=True)
         if self.gate == "softmax_selected":
             weights_NK = logits_NE.gather(1, chosen_NK).softmax(-1)
-        if torch.is_inference_mode_enabled():  # while text is generated nobody asks for the balance
+        if not torch.is_grad_enabled():  # in checks and generation nobody asks for the balance
             return weights_NK, chosen_NK, x_NC.new_zeros(())
         share_E = self.count(chosen_NK).float() / chosen_NK.numel()
         mean_E = probs_NE.mean(0)
