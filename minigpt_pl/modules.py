@@ -151,7 +151,8 @@ class LanguageModel(LightningModule, ABC):
         nats = nats.cpu().double()
         means = []
         for count in counts.cpu().T:  # tokens, characters, bytes
-            mean = MeanMetric(nan_strategy="disable", sync_on_compute=False).set_dtype(torch.float64)
+            # nan stays nan; "disable" would say so too, but drops the weights
+            mean = MeanMetric(nan_strategy=math.nan, sync_on_compute=False).set_dtype(torch.float64)
             mean.update(nats / count.clamp(min=1), count)
             means.append(mean.compute())
         loss, per_character, per_byte = means
