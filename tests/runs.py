@@ -20,9 +20,9 @@ from minigpt_pl.modules import LanguageModel
 SMALL = (
     "-c", "smoke", "--wandb", "null", "--samples", "null", "--model.n_embd", 16, "--model.block_size", 16,
     "--data.batch_size", 4, "--data.eval_every", 5, "--trainer.max_steps", 16, "--trainer.log_every_n_steps", 3,
-    "--model.dropout", 0.1, "--trainer.enable_progress_bar", "false",
+    "--model.dropout", 0.1, "--last.every_n_train_steps", 4, "--trainer.enable_progress_bar", "false",
 )  # fmt: skip
-"""Options of a run of half a second with dropout, a check every 5 of 16 steps, a row of figures every 3."""
+"""Options of a run of half a second with dropout: a check every 5 of 16 steps, a row of figures every 3, a save every 4."""
 
 TIMES = {"wall_seconds", "tokens_per_s", "perf/tokens_per_s", "seconds", "timed_seconds", "timed_tokens"}
 """What differs between two equal runs."""
@@ -39,6 +39,10 @@ def flat(node: Any, name: str = "") -> dict[str, Any]:
     return {place: leaf for key, part in parts if key not in TIMES for place, leaf in flat(part, f"{name}/{key}").items()}
 
 
+def summary(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "summary.json").read_text("utf-8"))
+
+
 def contents(run_dir: Path) -> dict[str, Any]:
     """All that a run has left, by name: both checkpoints, the figures, the summary, the settings, the samples."""
     found = {"config.yaml": (run_dir / "config.yaml").read_text("utf-8")}
@@ -50,7 +54,7 @@ def contents(run_dir: Path) -> dict[str, Any]:
     with (run_dir / "metrics.csv").open(newline="", encoding="utf-8") as file:
         for number, row in enumerate(csv.DictReader(file)):
             found |= flat({key: value for key, value in row.items() if value}, f"metrics.csv/{number}")
-    found |= flat(json.loads((run_dir / "summary.json").read_text("utf-8")), "summary.json")
+    found |= flat(summary(run_dir), "summary.json")
     if (samples := run_dir / "samples.txt").exists():
         found["samples.txt"] = samples.read_text("utf-8")
     return found
