@@ -1,14 +1,14 @@
 """The command line of fit, validate, test and predict: how defaults, a checkpoint, files and flags become one run.
 
 What wins, from weak to strong: the code, configs/default.yaml, the checkpoint, then files and flags in their order.
-The table of commands and the exit statuses are in `__main__`; what --help shows and how mistakes are said in `help`.
+The table of commands and the exit statuses are in `__main__`; what is known of a setting in `settings`, how a mistake in
+one is said in `mistakes`, what --help shows in `helptext`.
 """
 
 import argparse
 import secrets
 import signal
 import warnings
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,30 +20,20 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from minigpt_pl import helptext, run_dir, signals
+from minigpt_pl import helptext, mistakes, run_dir, signals
 from minigpt_pl.callbacks import Bar, SampleText, SeedSteps, TrainFigures, WriteText, sample_text
 from minigpt_pl.checkpoint import AtomicCheckpointIO, find_checkpoint, progress, read_checkpoint
 from minigpt_pl.data import TextDataModule
-from minigpt_pl.errors import InputError, one_line, say
+from minigpt_pl.errors import InputError, say, users_mistake
 from minigpt_pl.generation import Sampling
 from minigpt_pl.loggers import MetricsCSV, Wandb
-from minigpt_pl.modules import LanguageModel, check_sizes_fit
+from minigpt_pl.modules import MODELS, LanguageModel, check_sizes_fit
 from minigpt_pl.saving import BestCheckpoint, LastCheckpoint, SaveSettings
+from minigpt_pl.settings import CONFIGS, DECIDED, PLACES, TRAINING, Last, Sample, as_given, differences, with_shipped_configs
 from minigpt_pl.stopping import StopEarly, StopTraining
 from minigpt_pl.summary import RunSummary, how_to_go_on, table
 from minigpt_pl.vetting import harmless
 
-HOME = Path(__file__).parent / "shipped"
-CONFIGS = (HOME if HOME.exists() else HOME.parents[1]) / "configs"
-
-PLACES = ("run_dir", "ckpt_path")  # where, not what: given on the command line, stored nowhere
-OURS = {  # options of the Trainer that this project decides, so that steps and checks are counted in one way
-    "logger", "default_root_dir", "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps",
-    "max_epochs", "min_epochs", "min_steps", "fast_dev_run", "limit_train_batches", "limit_val_batches",
-    "limit_test_batches", "limit_predict_batches", "overfit_batches", "use_distributed_sampler", "barebones",
-    "reload_dataloaders_every_n_epochs", "enable_checkpointing", "gradient_clip_algorithm", "model_registry",
-    "inference_mode", "sync_batchnorm",
-}  # fmt: skip
 FIXED = {  # settings of the data under which a checkpoint's figures would mean something else
     "fit": {"tokenizer", "bpe_vocab_size", "bpe_min_pair_freq", "train_frac", "test_frac"},
     "validate": {"tokenizer", "bpe_vocab_size", "bpe_min_pair_freq", "train_frac"},
@@ -53,32 +43,14 @@ FIXED = {  # settings of the data under which a checkpoint's figures would mean 
 def run(command: str, options: list[str]) -> int:
     """Runs fit, validate, test or predict; returns the exit status."""
     helptext.quiet()
+    if helptext.asks_for_help(options):
+        print(helptext.page(command, options))
+        return 0
     try:
         return MiniGPTCLI(command, options).status
-    except argparse.ArgumentError as error:
-        raise InputError(one_line(error)) from error
     finally:
         signals.defer(False)
         signals.before_leaving.clear()
-
-
-@dataclass
-class Sample(Sampling):
-    """What `predict` continues, and how.
-
-    Args:
-        prompt: What to continue; a newline unless given.
-        prompt_file: A file of prompts, one a line.
-        max_new_tokens: Tokens to add to a prompt.
-        temperature: Divides the logits; 0 always takes the likeliest token.
-        top_k: Choose among the k likeliest; 0 for all.
-        top_p: Choose among the likeliest that together reach this probability; 1 for all.
-        seed: Of the choices; with the prompt and the sample's number it decides the text.
-        num_samples: Continuations of each prompt.
-    """
-
-    prompt: str = ""
-    prompt_file: str = ""
 
 
 class MiniGPTCLI(LightningCLI):
@@ -161,7 +133,7 @@ class MiniGPTCLI(LightningCLI):
             settings = harmless(self.saved["settings"], self.ckpt_path, self.options)
             check_sizes_fit(self.saved)
             if not self.fits:
-                settings = {key: settings[key] for key in ("model", "data")}
+                settings = {key: settings[key] for key in ("model", "data", "seed_everything")}  # the seed is of windows
         elif not self.fits and not asks_for_help:
             raise InputError(f"{self.command} needs a trained model: --ckpt_path FILE, or last or best with --run_dir")
 
@@ -270,9 +242,9 @@ class MiniGPTCLI(LightningCLI):
         clip = init.trainer.gradient_clip_val
         if clip is not None and not clip > 0:
             raise InputError(f"trainer.gradient_clip_val is {clip}: it must be positive, or null for no clipping")
-        gate = getattr(init.model, "moe_gate", None)
-        if gate == "softmax_selected":
-            say("model.moe_gate softmax_selected at moe_top_k 1 is the constant 1")
+        model = self.settings["model"]["init_args"]
+        if model.get("n_experts") and model["moe_gate"] == "softmax_selected" and model["moe_top_k"] == 1:
+            say("model.moe_gate softmax_selected is the constant 1 at model.moe_top_k 1: the router learns from balance alone")
 
     def prepare(self) -> None:
         init = self.config_init[self.command]
