@@ -1,5 +1,11 @@
 """The package from Python: load a checkpoint, continue a text, score a text.
 
+    from minigpt_pl import generate, load_checkpoint, score
+
+    loaded = load_checkpoint("runs/my-run/best.ckpt")
+    print(generate(loaded, "Hello", max_new_tokens=100)[0])
+    print(sum(nats for token, nats in score(loaded, "Hello, world.")))
+
 The command line is in `cli`; both stand on the same rooms.
 """
 
@@ -7,16 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from minigpt_pl import tokenizer as tokenizers
 from minigpt_pl.checkpoint import read_checkpoint
-from minigpt_pl.data import ScoredBatches
 from minigpt_pl.generation import Sampling
 from minigpt_pl.generation import generate as token_streams
 from minigpt_pl.models import GPT, nll
 from minigpt_pl.modules import from_checkpoint
 from minigpt_pl.tokenizer import Tokenizer
+from minigpt_pl.windows import ScoredBatches
 
 
 @dataclass
@@ -34,41 +41,45 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> Loaded:
         InputError: If the file is missing, damaged or not a checkpoint of minigpt.
     """
     saved = read_checkpoint(path)
-    return Loaded(from_checkpoint(saved).net.to(device), tokenizers.load(saved["TextDataModule"]["tokenizer"]))
+    text = saved["TextDataModule"]
+    tokenizer = tokenizers.load(text["tokenizer"], text["tokenizer_sha256"])
+    return Loaded(from_checkpoint(saved).net.to(device), tokenizer)
 
 
-def generate(loaded: Loaded, prompt: str = "\n", **sampling: Any) -> list[str]:
-    """Continues a prompt; one text, without the prompt, for each of `num_samples`.
+def generate(loaded: Loaded, prompt: str = "", **sampling: Any) -> list[str]:
+    """Continues a prompt as `predict` does; one text, without the prompt, for each of `num_samples`.
 
     Args:
         loaded: From `load_checkpoint`.
-        prompt: Not empty.
+        prompt: What to continue; a newline unless given, or the first token where the vocabulary has none.
         sampling: As `generation.Sampling`: max_new_tokens, temperature, top_k, top_p, seed, num_samples.
 
     Raises:
         InputError: If the prompt has characters that the model never saw.
+        ValueError: If a sampling setting is out of its range.
     """
-    ids = loaded.tokenizer.encode(prompt).tolist()
-    steps = list(token_streams(loaded.model, ids, Sampling(**sampling)))
+    steps = token_streams(loaded.model, loaded.tokenizer.encode_prompt(prompt), Sampling(**sampling))
     return [loaded.tokenizer.decode(list(stream)) for stream in zip(*steps, strict=True)]
 
 
+@torch.inference_mode()
 def score(loaded: Loaded, text: str) -> list[tuple[str, float]]:
     """Each token of a text but the first, which has no context, with its negative log-likelihood in nats.
 
-    Windows as a full check reads them: a token is scored with at most block_size - 1 tokens before its predecessor.
+    Windows are those of a full check: of the model's block_size tokens, each read by itself.
+
+    Args:
+        loaded: From `load_checkpoint`.
+        text: Two tokens or more; a shorter one has nothing to score.
 
     Raises:
         InputError: If the text has characters that the model never saw.
     """
-    import numpy as np
-
     ids, size = loaded.tokenizer.encode(text), loaded.model.block_size
     device = loaded.model.token_embedding.weight.device
     batches = ScoredBatches(ids, loaded.tokenizer.sizes, np.arange(0, len(ids) - 1, size), size, batch_size=16)
     nats: list[float] = []
-    with torch.no_grad():
-        for batch in (batches[i] for i in range(len(batches))):
-            losses = nll(loaded.model(batch.inputs.to(device))[0], batch.targets.to(device)).cpu()
-            nats += losses[batch.targets >= 0].tolist()
+    for batch in (batches[i] for i in range(len(batches))):
+        losses = nll(loaded.model(batch.inputs.to(device))[0], batch.targets.to(device)).cpu()
+        nats += losses[batch.targets >= 0].tolist()
     return [(loaded.tokenizer.vocabulary[i], nat) for i, nat in zip(ids[1:].tolist(), nats, strict=True)]

@@ -18,4 +18,4 @@ def key(*purpose: object, size: int = 16) -> int:
 def fractions(count: int, *purpose: object) -> NDArray[np.float64]:
     """`count` numbers in [0, 1), 53 bits each; a larger count only adds to them (Philox, Salmon et al. 2011)."""
     raw = np.random.Philox(key=key(*purpose)).random_raw(count)
-    return (raw >> np.uint64(11)) * 2.0**-53
+    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53

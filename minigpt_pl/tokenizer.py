@@ -1,12 +1,14 @@
 """Text to token ids and back: characters, or byte pairs merged over lines. JSON in, JSON out, and a hash of it.
 
-Knows no files; reading and splitting are in `text` and `data`.
+Knows no files; reading and splitting are in `text`, what is kept of a whole text in `tokens`.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
-from functools import cached_property
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property, lru_cache
+from itertools import chain
 from typing import ClassVar
 
 import numpy as np
@@ -16,6 +18,9 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from minigpt_pl.errors import InputError
 from minigpt_pl.text import code_points
+
+LONGEST = 1024
+"""Characters after which a line is cut for byte pairs: learning merges takes the square of a line's length."""
 
 
 class Tokenizer:
@@ -28,13 +33,26 @@ class Tokenizer:
     kind: ClassVar[str]
     vocabulary: list[str]
 
-    def encode(self, text: str) -> NDArray[np.integer]:
-        """Token ids of a text.
+    def encode_pieces(self, texts: Iterable[str]) -> Iterator[NDArray[np.integer]]:
+        """Token ids, of `dtype`, of one text that comes in pieces; where it is cut into them makes no difference.
 
         Raises:
             InputError: If the text has characters that the vocabulary lacks; names them.
         """
         raise NotImplementedError
+
+    def encode(self, text: str) -> NDArray[np.integer]:
+        """Token ids of a text.
+
+        Raises:
+            InputError: As `encode_pieces`.
+        """
+        return np.concatenate([np.empty(0, self.dtype), *self.encode_pieces([text])])
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Token ids to continue; an empty prompt is a newline, or where the vocabulary has none its first token."""
+        start = "\n" if "\n" in self.vocabulary else self.vocabulary[0]
+        return self.encode(prompt or start).tolist()
 
     def decode(self, ids: list[int]) -> str:
         return "".join([self.vocabulary[i] for i in ids])
@@ -46,6 +64,11 @@ class Tokenizer:
     @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.dump().encode()).hexdigest()
+
+    @cached_property
+    def dtype(self) -> np.dtype[np.unsignedinteger]:
+        """The smallest that holds every id, and one more that is none."""
+        return np.min_scalar_type(len(self.vocabulary))
 
     @cached_property
     def sizes(self) -> NDArray[np.int64]:
@@ -70,14 +93,16 @@ class CharTokenizer(Tokenizer):
     def __init__(self, alphabet: str):
         self.vocabulary = sorted(set(alphabet))
         points = code_points("".join(self.vocabulary))
-        self.table = np.full(points[-1] + 2, -1, np.int32)  # one more, for all that lies beyond
-        self.table[points] = np.arange(len(points), dtype=np.int32)
+        self.unknown = len(points)
+        self.table = np.full(points[-1] + 2, self.unknown, self.dtype)  # its last place is for all that lies beyond
+        self.table[points] = np.arange(len(points))
 
-    def encode(self, text: str) -> NDArray[np.integer]:
-        ids = self.table[np.minimum(code_points(text), len(self.table) - 1)]
-        if ids.size and ids.min() < 0:
-            self.refuse_unknown(set(text) - set(self.vocabulary))
-        return ids
+    def encode_pieces(self, texts: Iterable[str]) -> Iterator[NDArray[np.integer]]:
+        for text in texts:
+            ids = self.table.take(code_points(text), mode="clip")
+            if ids.max(initial=0) == self.unknown:
+                self.refuse_unknown(set(text) - set(self.vocabulary))
+            yield ids
 
     def dump(self) -> str:
         return json.dumps({"kind": self.kind, "alphabet": "".join(self.vocabulary)}, sort_keys=True)
@@ -87,24 +112,27 @@ class BPETokenizer(Tokenizer):
     """Byte-pair encoding (Sennrich et al., arXiv 1508.07909) over characters; no merge crosses a line's end.
 
     Args:
-        definition: JSON of the `tokenizers` library.
+        vocabulary: The tokens, characters first.
+        merges: Pairs of tokens that become one, in the order in which they were learned.
+        longest: Characters after which a line is cut.
     """
 
     kind = "bpe"
 
-    def __init__(self, definition: str):
-        self.library = tokenizers.Tokenizer.from_str(definition)
-        ids = self.library.get_vocab()
-        self.vocabulary = sorted(ids, key=lambda token: ids[token])
-        self.alphabet = {token for token in self.vocabulary if len(token) == 1}
+    def __init__(self, vocabulary: list[str], merges: list[tuple[str, str]], longest: int = LONGEST):
+        self.vocabulary, self.merges, self.longest = vocabulary, merges, longest
+        self.alphabet = {token for token in vocabulary if len(token) == 1}
+        ids = {token: i for i, token in enumerate(vocabulary)}
+        self.library = tokenizers.Tokenizer(models.BPE(ids, merges))
+        self.library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(line_pattern(longest)), "isolated")
 
     @classmethod
-    def train(cls, alphabet: str, text: Iterator[str], vocab_size: int, min_pair_freq: int) -> "BPETokenizer":
+    def train(cls, alphabet: str, texts: Iterable[str], vocab_size: int, min_pair_freq: int) -> "BPETokenizer":
         """Learns merges.
 
         Args:
             alphabet: Every character of the whole text, the first tokens.
-            text: Pieces of the text to learn merges from.
+            texts: The text to learn merges from, in pieces.
             vocab_size: Most tokens in the vocabulary.
             min_pair_freq: A pair seen less often is not merged.
 
@@ -116,8 +144,6 @@ class BPETokenizer(Tokenizer):
                 f"data.bpe_vocab_size is {vocab_size}, but the text has {len(alphabet)} distinct characters: "
                 f"give at least {len(alphabet)}"
             )
-        library = tokenizers.Tokenizer(models.BPE())
-        library.pre_tokenizer = pre_tokenizers.Split("\n", "merged_with_previous")
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=min_pair_freq,
@@ -125,25 +151,50 @@ class BPETokenizer(Tokenizer):
             special_tokens=[],
             show_progress=False,
         )
-        library.train_from_iterator(text, trainer)
-        return cls(library.to_str())
+        untrained = cls(sorted(alphabet), [])
+        untrained.library.train_from_iterator(lines(texts, untrained.longest), trainer)
+        learned = json.loads(untrained.library.to_str())["model"]
+        vocabulary = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
+        return cls(vocabulary, [(left, right) for left, right in learned["merges"]])
 
-    def encode(self, text: str) -> NDArray[np.integer]:
-        self.refuse_unknown(set(text) - self.alphabet)
-        lines = [line + "\n" for line in text.split("\n")]  # not splitlines, to which FF and others end a line too
-        lines[-1] = lines[-1][:-1]
-        encoded = self.library.encode_batch_fast(lines, add_special_tokens=False)
-        return np.fromiter((i for line in encoded for i in line.ids), np.int32)
+    def encode_pieces(self, texts: Iterable[str]) -> Iterator[NDArray[np.integer]]:
+        for batch in lines(texts, self.longest):
+            self.refuse_unknown(set("".join(batch)) - self.alphabet)  # the library would leave them out
+            encoded = self.library.encode_batch_fast(batch, add_special_tokens=False)
+            yield np.fromiter(chain.from_iterable(line.ids for line in encoded), self.dtype)
 
     def dump(self) -> str:
-        definition = json.loads(self.library.to_str())
-        return json.dumps({"kind": self.kind, "definition": definition}, sort_keys=True)
+        definition = {"vocabulary": self.vocabulary, "merges": self.merges, "longest": self.longest}
+        return json.dumps({"kind": self.kind} | definition, sort_keys=True)
 
 
-def load(dumped: str) -> Tokenizer:
-    """The tokenizer that `dump` wrote."""
+def line_pattern(longest: int) -> str:
+    """A regular expression for a line with its newline, or as much of a longer one."""
+    return rf"[^\n]{{0,{longest - 1}}}\n|[^\n]{{1,{longest}}}"
+
+
+def lines(texts: Iterable[str], longest: int) -> Iterator[list[str]]:
+    """The lines of a text that comes in pieces, each with its newline; one longer than `longest` is cut."""
+    pattern, rest = re.compile(line_pattern(longest)), ""
+    for text in texts:
+        found = pattern.findall(rest + text)
+        unfinished = bool(found) and len(found[-1]) < longest and not found[-1].endswith("\n")
+        rest = found.pop() if unfinished else ""
+        yield found
+    yield [rest]
+
+
+@lru_cache(maxsize=2)
+def load(dumped: str, sha256: str | None = None) -> Tokenizer:
+    """The tokenizer that `dump` wrote.
+
+    Raises:
+        InputError: If it is not the one of that hash.
+    """
+    if sha256 is not None and hashlib.sha256(dumped.encode()).hexdigest() != sha256:
+        raise InputError("the checkpoint's tokenizer differs from its hash: the file is damaged, give another")
     saved = json.loads(dumped)
     if saved["kind"] == CharTokenizer.kind:
         return CharTokenizer(saved["alphabet"])
     assert saved["kind"] == BPETokenizer.kind, saved["kind"]
-    return BPETokenizer(json.dumps(saved["definition"]))
+    return BPETokenizer(saved["vocabulary"], [(left, right) for left, right in saved["merges"]], saved["longest"])

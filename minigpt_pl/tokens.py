@@ -1,0 +1,172 @@
+"""The token ids of a text's parts: made piece by piece, kept in a file that later starts map, or else in memory.
+
+What a token is is in `tokenizer`, where parts end in `data`.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from importlib.metadata import version
+from itertools import groupby, takewhile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from minigpt_pl.errors import InputError, say
+from minigpt_pl.text import TextInfo, split, write_atomically
+from minigpt_pl.tokenizer import LONGEST, BPETokenizer, Tokenizer, load
+
+PARTS = ("train", "val", "test")
+MERGE_CHARACTERS = 8_000_000
+"""Of the train part that byte pairs are learned from, at most: a hundred bytes of memory for each."""
+HEAD = len(PARTS) * np.dtype(np.int64).itemsize
+"""Bytes at the start of a file of tokens: the number of tokens in each part."""
+
+
+class MappedTokens:
+    """Token ids in a file. Each process maps it for itself: pickling a np.memmap would copy all of it."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], offset: int, length: int):
+        self.path, self.dtype, self.offset, self.length = path, dtype, offset, length
+        self.ids = self._mapped()
+
+    def _mapped(self) -> NDArray[Any]:
+        if self.length == 0:  # there may be nothing to map
+            return np.empty(0, self.dtype)
+        return np.memmap(self.path, self.dtype, "r", self.offset, (self.length,)).view(np.ndarray)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, places: NDArray[np.int64]) -> NDArray[Any]:
+        return self.ids[places]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "ids"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.ids = self._mapped()
+
+
+Ids = NDArray[Any] | MappedTokens
+
+
+def cache_home() -> Path:
+    """`$XDG_CACHE_HOME/minigpt`, else `~/.cache/minigpt`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "minigpt")
+
+
+def learn_merges(
+    path: Path, info: TextInfo, train_end: int, vocab_size: int, min_pair_freq: int, cache: Path
+) -> BPETokenizer:
+    """The byte pairs of a text's train part, from the cache if they are there.
+
+    Args:
+        path: The text file.
+        info: What it holds.
+        train_end: Where the train part ends, in characters.
+        vocab_size: As for `BPETokenizer.train`.
+        min_pair_freq: As for `BPETokenizer.train`.
+        cache: Where tokenizers are kept, if it can be written.
+    """
+    end = min(train_end, MERGE_CHARACTERS)
+    settings = f"{info.sha256}/{end}/{vocab_size}/{min_pair_freq}/{LONGEST}/{version('tokenizers')}"
+    kept = cache / f"merges-{hashlib.sha256(settings.encode()).hexdigest()[:32]}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+        tokenizer = load(**json.loads(kept.read_text("utf-8")))
+        assert isinstance(tokenizer, BPETokenizer)
+        return tokenizer
+    if end < train_end:
+        say(f"learning byte pairs from the first {end:,} of the train part's {train_end:,} characters")
+    train = takewhile(lambda piece: piece[0] == 0, split(path, [end, info.characters], ""))
+    tokenizer = BPETokenizer.train(info.alphabet, (piece for _, piece in train), vocab_size, min_pair_freq)
+    with suppress(OSError):
+        write_atomically(kept, json.dumps({"dumped": tokenizer.dump(), "sha256": tokenizer.sha256}).encode())
+    return tokenizer
+
+
+def tokenize(path: Path, info: TextInfo, tokenizer: Tokenizer, ends: list[int], cache: Path) -> dict[str, Ids]:
+    """The token ids of each part, from the cache if they are there.
+
+    Args:
+        path: The text file.
+        info: What it holds.
+        tokenizer: What a token is.
+        ends: Where the parts end, in characters.
+        cache: Where token ids are kept, if it can be written.
+
+    Raises:
+        InputError: If the text is no longer what `info` says.
+    """
+    name = f"tokens-{info.sha256[:24]}-{tokenizer.sha256[:24]}-{'-'.join(map(str, ends))}"
+    kept = cache / f"{name}.bin"
+    try:
+        if tokens := map_parts(kept, tokenizer.dtype):
+            return tokens
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = cache / f"{name}.lock"
+        with FileLock(lock):  # of several processes, one works and the others wait for it
+            if tokens := map_parts(kept, tokenizer.dtype):
+                return tokens
+            temporary = cache / f"{name}.{os.getpid()}.tmp"
+            try:
+                with temporary.open("wb") as file:
+                    write_parts(file, path, info, tokenizer, ends)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, kept)
+            finally:
+                temporary.unlink(missing_ok=True)
+                with suppress(OSError):
+                    lock.unlink()  # who waits for it still finds the tokens
+        tokens = map_parts(kept, tokenizer.dtype)
+        assert tokens is not None, f"{kept} is not what was written"
+        return tokens
+    except OSError as error:
+        say(f"the token cache {cache} cannot be written ({error.strerror}): tokens stay in memory")
+    buffer = io.BytesIO()
+    lengths = write_parts(buffer, path, info, tokenizer, ends)
+    everything = np.frombuffer(buffer.getbuffer(), tokenizer.dtype, offset=HEAD)
+    return dict(zip(PARTS, np.split(everything, np.cumsum(lengths)[:-1]), strict=True))
+
+
+def map_parts(path: Path, dtype: np.dtype[Any]) -> dict[str, Ids] | None:
+    """The parts in a file that `write_parts` has written; None if it is missing or damaged."""
+    try:
+        with path.open("rb") as file:
+            lengths = np.frombuffer(file.read(HEAD), np.int64).tolist()
+            size = file.seek(0, io.SEEK_END)
+    except (OSError, ValueError):
+        return None
+    offsets = [HEAD + dtype.itemsize * sum(lengths[:part]) for part in range(len(lengths) + 1)]
+    if len(lengths) != len(PARTS) or min(lengths) < 0 or offsets[-1] != size:
+        return None
+    return {name: MappedTokens(path, dtype, *place) for name, *place in zip(PARTS, offsets[:-1], lengths, strict=True)}
+
+
+def write_parts(file: BinaryIO, path: Path, info: TextInfo, tokenizer: Tokenizer, ends: list[int]) -> list[int]:
+    """Tokenizes each part of a text by itself; returns the number of tokens in each."""
+    digest, lengths = hashlib.sha256(), [0] * len(PARTS)
+
+    def hashed(pieces: Iterable[tuple[int, str]]) -> Iterator[str]:
+        for _, piece in pieces:
+            digest.update(piece.encode())
+            yield piece
+
+    file.write(bytes(HEAD))
+    for part, pieces in groupby(split(path, ends, "tokenizing"), lambda piece: piece[0]):
+        for ids in tokenizer.encode_pieces(hashed(pieces)):
+            lengths[part] += len(ids)
+            file.write(ids.tobytes())
+    if digest.hexdigest() != info.sha256:
+        raise InputError(f"data.path {path} changed while it was read: start again when it is complete")
+    file.seek(0)
+    file.write(np.array(lengths, np.int64).tobytes())
+    return lengths

@@ -1,0 +1,173 @@
+"""Windows of tokens in batches: those to train on are pure functions of their number, those of a check cover a part.
+
+Where tokens come from is in `tokens`, which windows a check reads in `data`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from minigpt_pl.randomness import fractions
+from minigpt_pl.tokens import Ids
+
+IGNORED = -100  # the target of padding, torch's own convention
+
+
+class Batch(NamedTuple):
+    """Windows of a part: inputs (B, T) and the tokens that follow them (B, T)."""
+
+    inputs: Tensor
+    targets: Tensor
+
+
+class Scored(NamedTuple):
+    """A batch of a check; padding has the target IGNORED. counts (B, 3): scored tokens, their characters and bytes."""
+
+    inputs: Tensor
+    targets: Tensor
+    counts: Tensor
+
+
+def draw_starts(count: int, room: int, *purpose: object) -> NDArray[np.int64]:
+    """`count` places, each one of the first `room`; drawn as fractions, so that another `room` scales them."""
+    return (fractions(count, *purpose) * room).astype(np.int64)
+
+
+class TrainBatches(Dataset[Batch]):
+    """Micro-batch number i of a run, this process's rows of it; windows start anywhere, with replacement.
+
+    Args:
+        ids: Tokens of the train part.
+        block_size: Targets in a window.
+        batch_size: Windows in a micro-batch of all processes together.
+        accumulate: Micro-batches in an optimizer step.
+        seed: Decides, with the step and the row in it, where a window starts.
+        rank: Number of this process.
+        world: Number of processes.
+    """
+
+    def __init__(self, ids: Ids, block_size: int, batch_size: int, accumulate: int, seed: int, rank: int, world: int):
+        assert len(ids) > block_size, "there is no window to train on"
+        self.ids, self.block_size, self.batch_size, self.accumulate = ids, block_size, batch_size, accumulate
+        self.seed, self.rank, self.world = seed, rank, world
+
+    def __getitem__(self, i: int) -> Batch:
+        step, micro = divmod(i, self.accumulate)
+        begin, end = self.batch_size * micro, self.batch_size * (micro + 1)
+        starts = draw_starts(end, len(self.ids) - self.block_size, self.seed, "batch", step)[begin:]
+        mine = np.array_split(starts, self.world)[self.rank]
+        windows = torch.from_numpy(self.ids[mine[:, None] + np.arange(self.block_size + 1)].astype(np.int64))
+        return Batch(windows[:, :-1], windows[:, 1:])
+
+
+class FromStep(Sampler[int]):
+    """Indices from `start` to `stop`; its length is the whole run's, so that bars and the loop count from 0."""
+
+    def __init__(self, start: int, stop: int):
+        self.start, self.stop = start, stop
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.stop))
+
+    def __len__(self) -> int:
+        return self.stop
+
+
+class ScoredBatches(Dataset[Scored]):
+    """Given windows of a part in batches of one shape, the last one padded; batches beyond it are all padding.
+
+    Args:
+        ids: Tokens of the part.
+        sizes: Characters and bytes of each token (V, 2).
+        starts: Where windows start.
+        block_size: Targets in a window.
+        batch_size: Windows in a batch.
+    """
+
+    def __init__(self, ids: Ids, sizes: NDArray[np.int64], starts: NDArray[np.int64], block_size: int, batch_size: int):
+        self.ids, self.sizes, self.starts = ids, sizes, starts
+        self.block_size, self.batch_size = block_size, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.starts) // self.batch_size)
+
+    def __getitem__(self, i: Any) -> Scored:
+        return self.score(self.starts[i * self.batch_size : (i + 1) * self.batch_size])
+
+    def score(self, starts: NDArray[np.int64]) -> Scored:
+        """A batch of the windows that start there; what lies beyond the part's end is padding."""
+        places = starts[:, None] + np.arange(self.block_size + 1)
+        scored = places[:, 1:] < len(self.ids)
+        windows = self.ids[np.minimum(places, len(self.ids) - 1)].astype(np.int64)
+        targets = np.where(scored, windows[:, 1:], IGNORED)
+        sizes = (self.sizes[windows[:, 1:]] * scored[..., None]).sum(1)
+        counts = np.concatenate([scored.sum(1, keepdims=True), sizes], 1)
+        short = [(0, self.batch_size - len(starts)), (0, 0)]
+        return Scored(
+            torch.from_numpy(np.pad(windows[:, :-1], short)),
+            torch.from_numpy(np.pad(targets, short, constant_values=IGNORED)),
+            torch.from_numpy(np.pad(counts, short)),
+        )
+
+
+class SampledBatches(ScoredBatches):
+    """The seed document's estimator: `count` batches of windows drawn anew, with replacement, at each check.
+
+    Args:
+        ids: Tokens of the part.
+        sizes: Characters and bytes of each token (V, 2).
+        block_size: Targets in a window.
+        batch_size: Windows in a batch.
+        count: Batches of a check.
+        purpose: What the windows are drawn for; with the check's step it decides them.
+    """
+
+    def __init__(
+        self,
+        ids: Ids,
+        sizes: NDArray[np.int64],
+        block_size: int,
+        batch_size: int,
+        count: int,
+        purpose: tuple[object, ...],
+    ):
+        assert len(ids) > block_size, "there is no window to sample"
+        super().__init__(ids, sizes, np.empty(0, np.int64), block_size, batch_size)
+        self.count, self.purpose = count, purpose
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, place: Any) -> Scored:
+        """Batch i of the check at a step, for place (step, i)."""
+        step, i = place
+        if i >= self.count:
+            return self.score(self.starts)
+        begin, end = self.batch_size * i, self.batch_size * (i + 1)
+        return self.score(draw_starts(end, len(self.ids) - self.block_size, *self.purpose, step)[begin:])
+
+
+class CheckSampler(Sampler[Any]):
+    """This process's share of a check's batches, as many as any other's.
+
+    Args:
+        count: Batches of all processes together.
+        rank: Number of this process.
+        world: Number of processes.
+        step: Asked at each check for its step, which SampledBatches wants before the batch; or None.
+    """
+
+    def __init__(self, count: int, rank: int, world: int, step: Callable[[], int] | None = None):
+        self.count, self.rank, self.world, self.step = count, rank, world, step
+
+    def __iter__(self) -> Iterator[Any]:
+        mine = range(self.rank, len(self) * self.world, self.world)  # beyond count: all padding
+        return iter(mine) if self.step is None else iter([(self.step(), i) for i in mine])
+
+    def __len__(self) -> int:
+        return -(-self.count // self.world)
