@@ -1,6 +1,6 @@
 """A checkpoint as a Hugging Face model folder, which `transformers` loads without any code of ours.
 
-Weights are renamed and cut apart, never changed: what no layout can express is refused. Nothing here needs transformers.
+Weights are renamed and cut apart, never changed: what no layout can express is refused. transformers is not needed.
 """
 
 import json
@@ -196,7 +196,7 @@ pipeline_tag: text-generation
 ---
 # {name}
 
-A {params:,}-parameter {family} model, trained from scratch on one text file with minigpt_pl and exported from step {step}.
+A {params:,}-parameter {family} model, trained from scratch on one text file with minigpt_pl for {step} steps.
 
 - tokens: {kind}, {vocab} in the vocabulary; context: {block} tokens
 - text: sha256 `{text}`

@@ -1,0 +1,167 @@
+"""Checks the user's own device at the shape that a run would have, and says what it found, a verdict a line.
+
+The same model is built, trained for a few steps and thrown away; nothing is written.
+"""
+
+import copy
+import platform
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigpt_pl.cli import MiniGPTCLI
+from minigpt_pl.data import TextDataModule
+from minigpt_pl.errors import InputError
+from minigpt_pl.helptext import quiet
+from minigpt_pl.models import GPT, nll
+from minigpt_pl.modules import LanguageModel
+from minigpt_pl.optim import build_optimizer
+from minigpt_pl.summary import versions
+from minigpt_pl.windows import TrainBatches
+
+PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+GOOD, BAD, TOLD = "ok  ", "BAD ", "    "
+MOST_MPS_TOKENS = 32_768  # above it gradients on MPS have been wrong by orders of magnitude (pytorch issue 177116)
+
+
+def harmful_versions(versions: dict[str, str], device: str, precision: str) -> Iterator[str]:
+    """What is known to go wrong with installed versions; `versions` are by package name."""
+    if versions["lightning"] in ("2.6.2", "2.6.3"):
+        yield f"lightning {versions['lightning']} on the package index was malware (GHSA-w37p-236h-pfx3): remove it"
+    torch_version = tuple(int(part) for part in versions["torch"].split("+")[0].split(".")[:2])
+    if device == "mps" and precision != "32-true" and torch_version < (2, 13):
+        yield f"torch {versions['torch']} leaks the future in {precision} attention on MPS: take 2.13, or 32-true"
+    if device == "mps" and torch_version < (2, 11):
+        yield f"torch {versions['torch']} has silent errors in attention on MPS: take a newer one"
+
+
+def is_causal(model: GPT, ids: Tensor, precise: Callable[[], Any]) -> bool:
+    """Whether changing the last token leaves the logits of all earlier positions bit-equal."""
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % model.head.out_features
+    with torch.no_grad(), precise():
+        before, after = (model(x)[0][:, :-1] for x in (ids, other))
+    return torch.equal(before, after)
+
+
+def gradients(model: GPT, ids: Tensor) -> Tensor:
+    """The gradient of the loss on ids, all in one, in fp32 on the CPU."""
+    model.zero_grad(set_to_none=True)
+    logits, aux = model(ids[:, :-1])
+    (nll(logits, ids[:, 1:]).mean() + aux).backward()
+    return torch.cat([p.grad.detach().float().cpu().flatten() for p in model.parameters() if p.grad is not None])
+
+
+def synchronise(device: str) -> None:
+    """Waits until the device has done what it was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def speed(model: GPT, ids: Tensor, precise: Callable[[], Any], steps: int) -> float:
+    """Seconds of a training step."""
+    optimizer = build_optimizer(model, 1e-4, 0.1)
+    device = ids.device.type
+    for step in range(steps + 2):
+        if step == 2:
+            synchronise(device)
+            began = time.perf_counter()
+        with precise():
+            logits, aux = model(ids[:, :-1])
+            loss = nll(logits, ids[:, 1:]).mean() + 0 * aux
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    synchronise(device)
+    return (time.perf_counter() - began) / steps
+
+
+def memory(device: str) -> str | None:
+    """Memory in use and at hand on the device, in words."""
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        used = torch.cuda.max_memory_allocated()
+        return f"{used / 2**30:.2f} GiB used at most, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    if device == "mps":
+        used, most = torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
+        return f"{used / 2**30:.2f} GiB used, {most / 2**30:.1f} GiB recommended at most"
+    try:
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+        return f"{used / 2**30:.2f} GiB used at most by this process"
+    except ImportError:  # Windows has no resource
+        return None
+
+
+def examine(model: GPT, data: TextDataModule, device: str, precision: str, trainer: Any) -> Iterator[str]:
+    """The verdicts on one device, each a line; `trainer` has the settings of the run."""
+    batches = TrainBatches(data.tokens("train"), data.block_size, data.batch_size, 1, data.seed, 0, 1)
+    ids = torch.cat([batches[0].inputs[:, :1], batches[0].targets], 1)  # (B, T + 1)
+    here, ids_here = copy.deepcopy(model).to(device), ids.to(device)
+    kind = PRECISIONS[precision]
+
+    def precise() -> Any:
+        return torch.autocast(device, kind, enabled=kind is not None)
+
+    here.eval()
+    causal = is_causal(here, ids_here[:, :-1], precise)
+    says = "does not change" if causal else "CHANGES"
+    yield f"{GOOD if causal else BAD}causality: a later token {says} earlier logits in {precision}"
+    if device != "cpu":
+        reference = gradients(copy.deepcopy(model).eval(), ids)
+        error = ((gradients(here, ids_here) - reference).norm() / reference.norm()).item()
+        yield f"{GOOD if error < 1e-3 else BAD}gradients: {device} differs from the CPU by {error:.1e} of their norm"
+    first, second = gradients(here, ids_here), gradients(here, ids_here)
+    same = torch.equal(first, second)
+    expected = same or device != "cpu"
+    yield f"{GOOD if expected else BAD}repeatability: the same step twice is {'bit-equal' if same else 'not bit-equal'}"
+    tokens = data.batch_size * data.block_size
+    if device == "mps" and tokens > MOST_MPS_TOKENS:
+        yield f"{BAD}micro-batch: {tokens} tokens; gradients go wrong above {MOST_MPS_TOKENS}: lower data.batch_size"
+    here.train()
+    seconds = speed(here, ids_here, precise, steps=5)
+    minutes = seconds * trainer.max_steps * trainer.accumulate_grad_batches / 60
+    yield f"{TOLD}speed: {tokens / seconds:,.0f} tokens/s"
+    yield f"{TOLD}time: {trainer.max_steps} steps will take about {minutes:.1f} min, checks aside"
+    if used := memory(device):
+        yield f"{TOLD}memory: {used}"
+
+
+class Doctor(MiniGPTCLI):
+    """`fit` up to the point where training would begin."""
+
+    def fit(self, model: LanguageModel, **kwargs: Any) -> None:
+        trainer = self.config_init["fit"].trainer
+        precision = str(trainer.precision or "32-true")
+        if precision not in PRECISIONS:
+            raise InputError(f"--trainer.precision {precision}: the doctor knows {', '.join(PRECISIONS)}")
+        devices = ["cpu"]
+        devices += ["cuda"] if torch.cuda.is_available() else []
+        devices += ["mps"] if torch.backends.mps.is_available() else []
+        installed, bad = versions(), 0
+        named = ", ".join(f"{name} {installed[name]}" for name in ("python", "torch", "lightning"))
+        print(f"{named}, {platform.platform()}")
+        for device in devices:
+            print(f"\n{device}")
+            harms = [f"{BAD}versions: {harm}" for harm in harmful_versions(installed, device, precision)]
+            verdicts = harms or [f"{GOOD}versions: none that is known to do harm"]
+            for verdict in chain(verdicts, examine(model.net, self.datamodule, device, precision, trainer)):
+                print(f"  {verdict}", flush=True)
+                bad += verdict.startswith(BAD)
+        if devices == ["cpu"]:
+            print("\nno MPS and no CUDA here: a run will use the CPU")
+        self.status = 2 if bad else 0
+
+
+def run(command: str, options: list[str]) -> int:
+    """Examines the CPU, and MPS or CUDA where there is one; takes the options of fit. 0 if all is well, else 2."""
+    quiet()
+    return Doctor("fit", options).status

@@ -1,0 +1,45 @@
+"""The doctor: all well on this machine; a leak and a harmful version are told."""
+
+import pytest
+import torch
+
+from minigpt_pl.doctor import harmful_versions, is_causal
+from minigpt_pl.models import ClassicGPT
+
+
+class Leaky(ClassicGPT):
+    """Its logits see the mean of the whole window."""
+
+    def forward(self, ids, cache=None):
+        logits, aux = super().forward(ids, cache)
+        return logits + self.head(self.token_embedding(ids).mean(1, keepdim=True)), aux
+
+
+@pytest.mark.parametrize(("kind", "causal"), [(ClassicGPT, True), (Leaky, False)])
+def test_a_leak_is_found(kind, causal):
+    model = kind(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=8, dropout=0.0, seed=1).eval()
+    ids = torch.arange(16).view(2, 8) % 7
+    assert is_causal(model, ids, torch.no_grad) is causal
+
+
+def test_harmful_versions():
+    fine = {"torch": "2.13.0+cpu", "lightning": "2.6.6"}
+    assert list(harmful_versions(fine, "mps", "bf16-mixed")) == []
+    (leak,) = harmful_versions(fine | {"torch": "2.12.1"}, "mps", "bf16-mixed")
+    assert "leaks the future" in leak
+    assert list(harmful_versions(fine | {"torch": "2.12.1"}, "mps", "32-true")) == []
+    (malware,) = harmful_versions(fine | {"lightning": "2.6.3"}, "cpu", "32-true")
+    assert "malware" in malware
+
+
+def test_the_command(minigpt, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    outcome = minigpt("doctor", "-c", "smoke")
+    assert outcome.status == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert any(line.startswith("  ok  causality: a later token does not change") for line in lines)
+    assert "  ok  repeatability: the same step twice is bit-equal" in lines
+    assert any("tokens/s" in line for line in lines)
+    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        assert lines[-1] == "no MPS and no CUDA here: a run will use the CPU"
+    assert list(tmp_path.iterdir()) == []
