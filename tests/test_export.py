@@ -1,4 +1,4 @@
-"""The exported folder, loaded by transformers alone: the same logits, token ids and greedy text; one table of it all."""
+"""The exported folder, loaded by transformers alone: the same logits, token ids and greedy text, in one table."""
 
 import json
 from pathlib import Path
