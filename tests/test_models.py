@@ -122,13 +122,23 @@ def test_logits_are_those_of_hugging_face(their_model: Any, kind: str, gate: dic
     torch.testing.assert_close(ours(ids)[0], expected, atol=1e-4, rtol=0)
 
 
-# Causality: the past does not know the future.
+# Causality: the past does not know the future. To the bit, but for experts: how many tokens share one decides how a
+# product of matrices rounds.
+
+EXACTNESS = [
+    ("classic", torch.float32, 0.0),
+    ("dense", torch.float32, 0.0),
+    ("switch", torch.float32, 2e-5),
+    ("switch", torch.float64, 1e-12),
+    ("mixtral", torch.float32, 2e-5),
+    ("mixtral", torch.float64, 1e-12),
+]
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_token_changes_no_earlier_logit(kind: str, mode: str) -> None:
-    model = lively(kind, dropout=0.2).train(mode == "train")
+@pytest.mark.parametrize(("kind", "dtype", "rounding"), EXACTNESS)
+def test_a_token_changes_no_earlier_logit(kind: str, dtype: torch.dtype, rounding: float, mode: str) -> None:
+    model = lively(kind, dropout=0.2).to(dtype).train(mode == "train")
     ids = some_ids(2, 16)
 
     def logits(ids: Tensor) -> Tensor:
@@ -140,14 +150,16 @@ def test_a_token_changes_no_earlier_logit(kind: str, mode: str) -> None:
         changed = ids.clone()
         changed[:, place] = (changed[:, place] + 7) % VOCAB
         after = logits(changed)
-        assert torch.equal(after[:, :place], before[:, :place])
+        assert (after[:, :place] - before[:, :place]).abs().max() <= rounding
         assert (after[:, place] - before[:, place]).abs().amax() > 0.01
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype", "rounding"), EXACTNESS)
 @torch.no_grad()
-def test_what_a_cache_holds_of_the_past_does_not_know_the_future(kind: str) -> None:
-    model, ids = lively(kind), some_ids(2, 16)
+def test_what_a_cache_holds_of_the_past_does_not_know_the_future(
+    kind: str, dtype: torch.dtype, rounding: float
+) -> None:
+    model, ids = lively(kind).to(dtype), some_ids(2, 16)
 
     def logits_after_rewinding(end: Tensor) -> Tensor:
         cache = model.new_cache()
@@ -156,7 +168,8 @@ def test_what_a_cache_holds_of_the_past_does_not_know_the_future(kind: str) -> N
             layer.length = 8
         return torch.cat([model(ids[:, place : place + 1], cache)[0] for place in range(8, 16)], 1)
 
-    assert torch.equal(logits_after_rewinding(some_ids(2, 6, seed=1)), logits_after_rewinding(some_ids(2, 6, seed=2)))
+    one, other = (logits_after_rewinding(some_ids(2, 6, seed=seed)) for seed in (1, 2))
+    assert (one - other).abs().max() <= rounding
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -271,12 +284,12 @@ def test_parameters_and_flops_are_counted_as_by_hand() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"n_embd": 33}, "n_head must divide"),
+        ({"n_embd": 30}, "n_embd is 30 and n_head 4: n_head must divide"),
         ({"n_embd": 0}, "n_embd is 0"),
         ({"n_layer": 0}, "n_layer is 0"),
         ({"block_size": -1}, "block_size is -1"),
         ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"n_embd": 12}, "head width n_embd / n_head is 3"),
+        ({"n_embd": 12}, "n_embd is 12 and n_head 4: .* even"),
         ({"rope_theta": 0.0}, "rope_theta is 0.0"),
         ({"ffn_mult": 0.01}, "ffn_mult is 0"),
         ({"n_experts": -1}, "n_experts is -1"),
@@ -288,3 +301,6 @@ def test_parameters_and_flops_are_counted_as_by_hand() -> None:
 def test_impossible_sizes_are_refused_by_name(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         build("dense", **change)
+    if change.keys() <= {"n_layer", "block_size", "dropout"} or change == {"n_embd": 30}:
+        with pytest.raises(ValueError, match=named):
+            build("classic", **change)
