@@ -248,10 +248,10 @@ class SampleText(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = self.path(trainer)
         if trainer.is_global_zero and path.exists():  # what a stopped run wrote after its checkpoint is written again
-            kept, keep = [], True
+            kept, keep, last = [], True, trainer.global_step - is_off_grid(trainer)
             for line in path.read_text("utf-8").splitlines(keepends=True):
                 if line.startswith("=== step "):
-                    keep = int(line.split()[2]) <= trainer.global_step
+                    keep = int(line.split()[2]) <= last
                 kept += [line] if keep else []
             path.write_text("".join(kept), "utf-8")
 
