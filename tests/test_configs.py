@@ -124,6 +124,12 @@ def test_two_configs_work_in_either_order(
         assert resolved_leaves(first, second) == resolved_leaves(second, first)
 
 
+def test_smoke_makes_any_run_small() -> None:
+    for name in JOURNEY:
+        settings = resolve(f"journey/{name}", "smoke")
+        assert dict(leaves(config("smoke"))).items() <= dict(leaves(settings)).items(), name
+
+
 # A value is written once.
 
 
