@@ -40,12 +40,16 @@ def harmful_versions(versions: dict[str, str], device: str, precision: str) -> I
 
 
 def is_causal(model: GPT, ids: Tensor, precise: Callable[[], Any]) -> bool:
-    """Whether changing the last token leaves the logits of all earlier positions bit-equal."""
+    """Whether a change of the last token leaves the logits of all earlier positions as they are.
+
+    But for rounding: with which other tokens an expert is shared decides how its products are rounded.
+    """
     other = ids.clone()
     other[:, -1] = (other[:, -1] + 1) % model.head.out_features
     with torch.no_grad(), precise():
         before, after = (model(x)[0][:, :-1] for x in (ids, other))
-    return torch.equal(before, after)
+    rounding = 64 * torch.finfo(before.dtype).eps * before.abs().max()
+    return bool((before.float() - after.float()).abs().max() <= rounding)
 
 
 def gradients(model: GPT, ids: Tensor) -> Tensor:
