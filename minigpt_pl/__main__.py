@@ -27,7 +27,7 @@ HELP = "\n".join(
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs a command; returns its exit status: 0 done, 2 the user's to mend, 3 diverged, 128 + n stopped by signal n."""
+    """Runs a command; returns its exit status: 0 done, 2 the user's to mend, 3 diverged, 128 + n after signal n."""
     signals.install()
     from argparse import ArgumentError
     from importlib import import_module
@@ -35,7 +35,7 @@ def main(args: list[str] | None = None) -> int:
     from minigpt_pl.errors import Diverged, InputError, is_first_process, one_line, say
 
     words = sys.argv[1:] if args is None else list(args)
-    command, options = (words[0], words[1:]) if words else ("--help", [])
+    command, options = (words[0], words[1:]) if words else ("", [])
     try:
         if command in ("-h", "--help"):
             print(HELP)
@@ -44,9 +44,10 @@ def main(args: list[str] | None = None) -> int:
         else:
             from difflib import get_close_matches
 
-            near = get_close_matches(command, COMMANDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"use {', '.join(COMMANDS)}"
-            raise InputError(f"there is no command {command!r}: {hint}")
+            near = get_close_matches(command, COMMANDS, n=1, cutoff=0.7)
+            hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(COMMANDS)}"
+            what = f"{command} is no command, which comes first" if command else "a command is missing"
+            raise InputError(f"{what}: {hint}")
     except (InputError, ArgumentError) as error:
         say(f"error: {one_line(error)}")
         return 2

@@ -1,14 +1,16 @@
 """The command line of fit, validate, test and predict: how defaults, a checkpoint, files and flags become one run.
 
 What wins, from weak to strong: the code, configs/default.yaml, the checkpoint, then files and flags in their order.
-The table of commands and the exit statuses are in `__main__`; what is known of a setting in `settings`, how a mistake in
-one is said in `mistakes`, what --help shows in `helptext`.
+Commands and exit statuses are in `__main__`; what is known of a setting in `settings`, how a mistake in one is said in
+`mistakes`, what --help shows in `helptext`.
 """
 
 import argparse
+import re
 import secrets
 import signal
 import warnings
+from collections.abc import Container, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,23 @@ from minigpt_pl import helptext, mistakes, run_dir, signals
 from minigpt_pl.callbacks import Bar, SampleText, SeedSteps, TrainFigures, WriteText, sample_text
 from minigpt_pl.checkpoint import AtomicCheckpointIO, find_checkpoint, progress, read_checkpoint
 from minigpt_pl.data import TextDataModule
-from minigpt_pl.errors import InputError, say, users_mistake
+from minigpt_pl.errors import InputError, say
 from minigpt_pl.generation import Sampling
 from minigpt_pl.loggers import MetricsCSV, Wandb
 from minigpt_pl.modules import MODELS, LanguageModel, check_sizes_fit
 from minigpt_pl.saving import BestCheckpoint, LastCheckpoint, SaveSettings
-from minigpt_pl.settings import CONFIGS, DECIDED, PLACES, TRAINING, Last, Sample, as_given, differences, with_shipped_configs
+from minigpt_pl.settings import (
+    CONFIGS,
+    DECIDED,
+    PLACES,
+    TRAINING,
+    Last,
+    Sample,
+    as_given,
+    differences,
+    plain_name,
+    with_shipped_configs,
+)
 from minigpt_pl.stopping import StopEarly, StopTraining
 from minigpt_pl.summary import RunSummary, how_to_go_on, table
 from minigpt_pl.vetting import harmless
@@ -48,6 +61,12 @@ def run(command: str, options: list[str]) -> int:
         return 0
     try:
         return MiniGPTCLI(command, options).status
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+            raise InputError(
+                "there is not enough memory: lower data.batch_size, model.block_size or model.n_embd"
+            ) from error
+        raise
     finally:
         signals.defer(False)
         signals.before_leaving.clear()
@@ -57,33 +76,34 @@ class MiniGPTCLI(LightningCLI):
     """LightningCLI with this project's order of settings, its run directory and its checkpoints."""
 
     def __init__(self, command: str, options: list[str]):
-        self.command, self.options, self.fits, self.status = command, options, command == "fit", 0
+        self.command, self.fits, self.status = command, command == "fit", 0
+        self.words = with_shipped_configs(options)
+        self.given = as_given(self.words)
         self.ckpt_path: Path | None = None
         self.saved: dict[str, Any] = {}
         self.goes_on = False
-        parser = {
-            "usage": f"minigpt {command} [options]",
-            "default_config_files": [CONFIGS / "default.yaml"] if self.fits else [],
-        }
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="jsonargparse")
-            super().__init__(
-                LanguageModel,
-                TextDataModule,
-                subclass_mode_model=True,
-                save_config_callback=None,
-                seed_everything_default=self.fits,
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                parser_kwargs={
-                    "exit_on_error": False,  # errors are raised, and main() says them
-                    "allow_abbrev": False,
-                    "formatter_class": helptext.Help,
-                    command: parser,
-                },
-            )
+        self.notes: list[str] = []
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module="jsonargparse")
+                super().__init__(
+                    LanguageModel,
+                    TextDataModule,
+                    subclass_mode_model=True,
+                    save_config_callback=None,
+                    seed_everything_default=self.fits,
+                    auto_configure_optimizers=False,
+                    load_from_checkpoint_support=False,
+                    parser_kwargs={
+                        "exit_on_error": False,  # errors are raised, and main() says them
+                        "allow_abbrev": False,
+                        command: {"default_config_files": [CONFIGS / "default.yaml"] if self.fits else []},
+                    },
+                )
+        except InputError as error:
+            raise InputError(mistakes.as_typed(str(error), self.given, command)) from error
 
-    def subcommands(self) -> dict[str, set[str]]:  # one parser, not four
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # one parser, not four
         known = super().subcommands()[self.command]
         return {self.command: known | {"verbose", "return_predictions", "weights_only"}}
 
@@ -91,96 +111,100 @@ class MiniGPTCLI(LightningCLI):
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         seed = None if self.fits else 0  # default.yaml has it; the other commands draw nothing but samples
-        parser.add_argument("--seed_everything", type=int, default=seed, help="Decides all that is random in a run.")
+        parser.add_argument("--seed_everything", type=int, default=seed)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run_dir", type=str, default="", help="Where a run writes [runs/TIME-MODEL].")
+        parser.add_argument("--run_dir", type=str, default="")
         # With a default class, None is no part of the type, and errors are short.
         parser.add_subclass_arguments(LanguageModel, "model", default={"class_path": "ModernLM"}, fail_untyped=False)
         parser.add_lightning_class_args(TextDataModule, "data")
-        parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=OURS)
+        parser.add_class_arguments(
+            Trainer, "trainer", instantiate=False, skip=DECIDED.keys() | (set() if self.fits else TRAINING)
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data", "model.init_args.vocab_size", self.vocab_size, apply_on="instantiate")
         parser.link_arguments("model.init_args.block_size", "data.block_size")
         parser.link_arguments("seed_everything", "data.seed")
         if self.fits:
-            parser.add_argument("--early_stopping", type=StopEarly | None, help="When to stop; null is never.")
-            parser.add_argument("--last.every_n_train_steps", type=int, default=200, help="Steps between saves of last.ckpt.")
-            parser.add_argument("--last.minutes", type=float, default=5.0, help="Longest time between them.")
-            parser.add_argument("--samples", type=SampleText | None, default=None, help="samples.txt; null is none.")
-            parser.add_argument("--wandb", type=Wandb | None, default=Wandb(), help="Weights & Biases; null is off.")
+            parser.add_class_arguments(Last, "last")
+            parser.add_argument("--early_stopping", type=StopEarly | None)
+            parser.add_argument("--samples", type=SampleText | None, default=None)
+            parser.add_argument("--wandb", type=Wandb | None, default=Wandb())
         if self.command == "predict":
             parser.add_class_arguments(Sample, "sample")
-        parser.add_argument("--trainer.help", action="help", help="Show this help with all settings of the Trainer.")
 
     # What is meant.
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        asks_for_help = any(option == "-h" or option.startswith("--") and option.endswith("help") for option in self.options)
-        if asks_for_help and "--trainer.help" not in self.options:
-            helptext.shorten(self._parser(self.command))
-        places = self.find_places()
+        mistakes.refuse(self.given)
+        places = {name: self.last_given(name) for name in PLACES}
         settings: dict[str, Any] = {}
         if places["ckpt_path"]:
             self.ckpt_path = find_checkpoint(places["ckpt_path"], places["run_dir"])
             if self.fits and places["ckpt_path"] == "best":
                 raise InputError(
-                    f"--ckpt_path best: a run goes on from last; to branch off its best, give --ckpt_path {self.ckpt_path} "
-                    "and a new --run_dir"
+                    f"--ckpt_path best: a run goes on from last; to branch off its best, give "
+                    f"--ckpt_path {self.ckpt_path} --run_dir NEW"
                 )
-            self.saved = read_checkpoint(self.ckpt_path)
-            settings = harmless(self.saved["settings"], self.ckpt_path, self.options)
-            check_sizes_fit(self.saved)
+            try:
+                self.saved = read_checkpoint(self.ckpt_path)
+                settings = harmless(self.saved["settings"], self.ckpt_path, self.words)
+                check_sizes_fit(self.saved)
+            except InputError as error:
+                problem, path = str(error).removeprefix("the checkpoint "), str(self.ckpt_path)
+                colon = "" if path == places["ckpt_path"] and problem.startswith(path) else f"{places['ckpt_path']}: "
+                raise InputError(f"--ckpt_path {colon}{problem}") from error
             if not self.fits:
-                settings = {key: settings[key] for key in ("model", "data", "seed_everything")}  # the seed is of windows
-        elif not self.fits and not asks_for_help:
+                settings = {key: settings[key] for key in ("model", "data", "seed_everything")}  # the seed: of windows
+        elif not self.fits:
             raise InputError(f"{self.command} needs a trained model: --ckpt_path FILE, or last or best with --run_dir")
 
-        words = helptext.with_shipped_configs(self.options, CONFIGS)
         try:
-            self.config = parser.parse_args([self.command, "--config", yaml.safe_dump(settings), *words])
+            self.config = parser.parse_args([self.command, "--config", yaml.safe_dump(settings), *self.words])
         except argparse.ArgumentError as error:
-            message = one_line(error)
-            raise InputError(message + helptext.hint(message, self._parser(self.command))) from error
+            model = settings.get("model", {}).get("class_path", "ModernLM").rpartition(".")[2]
+            raise InputError(mistakes.explain(error, self.given, self.command, model)) from error
         config = self.config[self.command]
-        if (config.run_dir, config.ckpt_path) != (places["run_dir"], places["ckpt_path"]):
-            raise InputError("run_dir and ckpt_path are said on the command line, not in a file: take them out")
-        if config.model.init_args.get("vocab_size") is not None:
-            raise InputError("model.vocab_size follows the tokenizer: leave it out")
         self.settings = self.as_settings(config)
+        mistakes.refuse_impossible(self.settings)
+        idle = mistakes.without_effect(self.given, self.settings, self.command)
         if self.saved:
-            self.compare_with_checkpoint({key: self.saved["settings"][key] for key in settings})
+            self.notes += self.changes({key: self.saved["settings"][key] for key in settings}, idle)
+        self.notes += idle.values()
         if self.fits:
-            if config.trainer.max_steps < 1:
-                raise InputError(f"trainer.max_steps is {config.trainer.max_steps}: it must be at least 1")
             self.run_dir, self.goes_on = run_dir.choose(
                 places["run_dir"], self.ckpt_path, config.model.class_path.rpartition(".")[2]
             )
         config.ckpt_path = None  # else LightningCLI lets the checkpoint overrule the command line
 
-    def find_places(self) -> dict[str, Any]:
-        """--run_dir and --ckpt_path, which decide what else is read."""
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        parser.add_argument("--run_dir", default="")
-        parser.add_argument("--ckpt_path")
-        return vars(parser.parse_known_args(self.options)[0])
+    def last_given(self, name: str) -> str:
+        """--run_dir or --ckpt_path, which decide what else is read."""
+        return next((one.value for one in reversed(self.given) if one.name == name and not one.file), "")
 
     def as_settings(self, config: Any) -> dict[str, Any]:
         """The whole resolved configuration in plain values, without the places."""
         settings = yaml.safe_load(self._parser(self.command).dump(config, skip_none=False))
         return {key: value for key, value in settings.items() if key not in PLACES}
 
-    def compare_with_checkpoint(self, was: dict[str, Any]) -> None:
-        """Refuses what the weights or the text of the checkpoint contradict; says what else has changed."""
-        now, model = self.settings, helptext.model_class(self.settings["model"]["class_path"])
-        fixed = {f"model.init_args.{name}" for name in was["model"]["init_args"] if name not in model.may_change}
-        fixed |= {f"data.{name}" for name in FIXED.get(self.command, FIXED["validate"])} | {"model.class_path"}
-        for name, before, after in helptext.differences(was, {key: now[key] for key in was if key in now}):
-            plain = name.replace(".init_args", "")
-            if name in fixed or name == "model.class_path":
-                raise InputError(f"{plain} is {after}, but {self.ckpt_path} has {before}: leave it out, or train anew")
-            say(f"{plain}: {before} -> {after}")
+    def changes(self, was: dict[str, Any], idle: Container[str]) -> Iterator[str]:
+        """What differs from the checkpoint, a line each, but for what nothing will read.
+
+        Raises:
+            InputError: If its weights or its text contradict a setting.
+        """
+        now, model = self.settings, MODELS[self.settings["model"]["class_path"]]
+        built = was["model"]["class_path"].rpartition(".")[2]
+        if built != model.__name__:
+            raise InputError(f"--model {model.__name__}: {self.ckpt_path} holds a {built}; leave it out, or train anew")
+        fixed = {f"model.{name}" for name in was["model"]["init_args"] if name not in model.may_change}
+        fixed |= {f"data.{name}" for name in FIXED.get(self.command, FIXED["validate"])}
+        for full_name, before, after in differences(was, {key: now[key] for key in was if key in now}):
+            name = plain_name(full_name)
+            if name in fixed:
+                raise InputError(f"{name} is {after}, but {self.ckpt_path} has {before}: leave it out, or train anew")
+            if name not in idle:
+                yield f"{name}: {before} -> {after}"
 
     def vocab_size(self, data: TextDataModule) -> int:
         if self.saved:
@@ -188,6 +212,8 @@ class MiniGPTCLI(LightningCLI):
             remembered = self.saved["TextDataModule"]["text_path"]
             if data.path == self.saved["settings"]["data"]["path"] and Path(remembered).is_file():
                 data.path = remembered  # a relative path meant another directory
+        if self.fits:
+            mistakes.refuse_too_large(self.settings, data.vocab_size)
         return data.vocab_size
 
     # What is built. Nothing is written before all of it is.
@@ -196,8 +222,16 @@ class MiniGPTCLI(LightningCLI):
         try:
             super().instantiate_classes()
             self.prepare()
-        except (ValueError, TypeError, OSError, MisconfigurationException) as error:  # asked for what cannot be
-            raise InputError(str(error)) from error
+        except (
+            ValueError,
+            TypeError,
+            OSError,
+            ImportError,
+            MisconfigurationException,
+        ) as error:  # asked for what cannot be
+            raise InputError(mistakes.in_our_words(error, self.given)) from error
+        for note in self.notes:
+            say(note)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         init, settings = self.config_init[self.command], self.settings
@@ -205,7 +239,6 @@ class MiniGPTCLI(LightningCLI):
         callbacks = list(init.trainer.callbacks or [])
         self.io = AtomicCheckpointIO()
         if self.fits:
-            self.check_settings(init)
             place = str(self.run_dir)
             branches = bool(self.saved) and not self.goes_on
             self.wandb_id = self.saved["wandb_id"] if self.goes_on else secrets.token_hex(4)
@@ -217,7 +250,11 @@ class MiniGPTCLI(LightningCLI):
             self.stops = StopTraining(limit)
             callbacks += [SeedSteps(), TrainFigures(), self.summary]
             callbacks += [c for c in (init.samples, init.early_stopping) if c is not None]
-            callbacks += [self.stops, BestCheckpoint(place), LastCheckpoint(place, init.last.every_n_train_steps, init.last.minutes)]
+            callbacks += [
+                self.stops,
+                BestCheckpoint(place),
+                LastCheckpoint(place, init.last.every_n_train_steps, init.last.minutes),
+            ]
             callbacks += [SaveSettings(settings, {"wandb_id": self.wandb_id})]
             if init.trainer.enable_progress_bar is not False:
                 callbacks.append(Bar())
@@ -233,30 +270,29 @@ class MiniGPTCLI(LightningCLI):
         kwargs["plugins"] = [*(init.trainer.plugins or []), self.io]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
-    def check_settings(self, init: Any) -> None:
-        """What no constructor sees."""
-        for name in ("accumulate_grad_batches", "log_every_n_steps"):
-            value = init.trainer[name]
-            if value is not None and value < 1:
-                raise InputError(f"trainer.{name} is {value}: it must be at least 1")
-        clip = init.trainer.gradient_clip_val
-        if clip is not None and not clip > 0:
-            raise InputError(f"trainer.gradient_clip_val is {clip}: it must be positive, or null for no clipping")
-        model = self.settings["model"]["init_args"]
-        if model.get("n_experts") and model["moe_gate"] == "softmax_selected" and model["moe_top_k"] == 1:
-            say("model.moe_gate softmax_selected is the constant 1 at model.moe_top_k 1: the router learns from balance alone")
-
     def prepare(self) -> None:
         init = self.config_init[self.command]
         if self.fits:
             init.ckpt_path = str(self.ckpt_path) if self.saved else None
-        else:
-            self.model.load_state_dict(self.saved["state_dict"])
-            if self.command == "test" and self.datamodule.test_frac == 0:
-                raise InputError("data.test_frac is 0: there is no test part; give the share of the text that is kept for it")
+            return
+        self.model.load_state_dict(self.saved["state_dict"])
+        if self.command == "test" and self.datamodule.test_frac == 0:
+            raise InputError("data.test_frac is 0: there is no test part; give the share of the text to test on")
         if self.command == "predict":
-            self.datamodule.prompts = helptext.prompts(init.sample.prompt, init.sample.prompt_file)
             self.model.sampling = init.sample
+            self.datamodule.prompts = prompts(init.sample.prompt, init.sample.prompt_file)
+            for number, prompt in enumerate(self.datamodule.prompts, 1):
+                try:
+                    length = len(self.datamodule.tokenizer.encode(prompt))
+                except InputError as error:
+                    where = (
+                        f"_file {init.sample.prompt_file} line {number}" if init.sample.prompt_file else f" {prompt}"
+                    )
+                    raise InputError(f"sample.prompt{where}: {error}") from None
+                if length > self.datamodule.block_size:
+                    self.notes.append(
+                        f"prompt {number} has {length} tokens: the model reads its last {self.datamodule.block_size}"
+                    )
 
     # What is done.
 
@@ -268,7 +304,11 @@ class MiniGPTCLI(LightningCLI):
                 step = self.saved["global_step"] if self.goes_on else 0
                 if self.saved:
                     self.io.prepared = self.as_resumed()
-                grown = step < trainer.max_steps and self.goes_on and bool(self.saved["callbacks"]["RunSummary"]["off_grid"])
+                grown = (
+                    step < trainer.max_steps
+                    and self.goes_on
+                    and bool(self.saved["callbacks"]["RunSummary"]["off_grid"])
+                )
                 trainer.loggers = [MetricsCSV(self.run_dir / "metrics.csv", step, drop_check=grown)]
                 if init.wandb is not None:
                     trainer.loggers += [init.wandb.logger(self.run_dir, self.wandb_id, self.settings)]
@@ -279,7 +319,9 @@ class MiniGPTCLI(LightningCLI):
             except BaseException as error:
                 self.end_other_processes()
                 if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-                    raise InputError(f"{error.filename or self.run_dir} could not be written or read ({error.strerror})") from error
+                    raise InputError(
+                        f"{error.filename or self.run_dir} could not be written or read ({error.strerror})"
+                    ) from error
                 raise
             finally:
                 wandb.finish()
@@ -293,7 +335,9 @@ class MiniGPTCLI(LightningCLI):
         """The checkpoint as Lightning is to restore it."""
         steps = self.saved["global_step"]
         loops = progress(
-            steps, steps * self.trainer.accumulate_grad_batches, checked=steps % self.config_init["fit"].data.eval_every == 0
+            steps,
+            steps * self.trainer.accumulate_grad_batches,
+            checked=steps % self.config_init["fit"].data.eval_every == 0,
         )
         kept = {callback.state_key for callback in self.trainer.callbacks}
         if not self.goes_on:  # a branch counts its own checks; what it has learned from is its parent's
@@ -334,3 +378,21 @@ class MiniGPTCLI(LightningCLI):
     def predict(self, model: LanguageModel, **kwargs: Any) -> None:
         self.trainer.predict(model, datamodule=self.datamodule, return_predictions=False)
 
+
+def prompts(prompt: str, file: str) -> list[str]:
+    """What predict continues: one prompt, or those of a file, one a line."""
+    if not file:
+        return [prompt]
+    if prompt:
+        raise InputError("sample.prompt and sample.prompt_file are both given: give one")
+    try:
+        lines = Path(file).read_text("utf-8").split("\n")
+    except OSError as error:
+        raise InputError(f"sample.prompt_file {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"sample.prompt_file {file} is not UTF-8: byte {error.start}") from None
+    if lines[-1] == "":
+        lines.pop()
+    if not lines:
+        raise InputError(f"sample.prompt_file {file} is empty: give one prompt a line")
+    return lines

@@ -1,49 +1,86 @@
-"""Between the user's words and the parser: what --help shows, which file is meant, what a mistake may have meant.
+"""What --help shows of a command: its settings in groups, our own first, with units and defaults; what is kept quiet.
 
-The options themselves are declared in `cli`.
+What is known of a setting is in `settings`.
 """
 
-import argparse
-import difflib
-import inspect
 import logging
 import re
+import textwrap
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from itertools import groupby
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
-from jsonargparse import DefaultHelpFormatter
-from lightning.pytorch.cli import LightningArgumentParser
+import yaml
 
-from minigpt_pl.errors import InputError
-from minigpt_pl.modules import ClassicLM, LanguageModel, ModernLM
+from minigpt_pl.settings import CONFIGS, WORDS, Setting, catalogue, leaves, plain_name
 
-HELP = {  # the settings of the Trainer that --help shows, in our words; --trainer.help shows them all in Lightning's
-    "trainer.accelerator": "cpu, mps, cuda, or auto.",
-    "trainer.devices": "How many of them.",
-    "trainer.strategy": "ddp for several devices.",
-    "trainer.precision": "32-true or bf16-mixed, among others.",
-    "trainer.max_steps": "Optimizer steps in all, those before a resume included.",
-    "trainer.max_time": "Longest time to train, DD:HH:MM:SS.",
-    "trainer.gradient_clip_val": "The largest norm of the gradient; null is no limit.",
-    "trainer.accumulate_grad_batches": "Micro-batches in an optimizer step.",
-    "trainer.log_every_n_steps": "Steps between logged training figures.",
-    "trainer.callbacks": "More callbacks, by class.",
-    "model": "ClassicLM or ModernLM; --model.help ModernLM lists its settings.",
-    "ckpt_path": "The checkpoint to start from: last or best in --run_dir, or a file.",
-    "data.block_size": argparse.SUPPRESS,
-    "config": "Settings from a file, or a shipped one such as modern or journey/p2_refine.",
+WIDTH, COLUMN = 110, 38
+TITLES = {
+    "": "The run",
+    "model": "The model",
+    "data": "The text, its batches and checks",
+    "sample": "What is continued, and how",
+    "early_stopping": "When to stop; --early_stopping null is never",
+    "last": "When last.ckpt is saved",
+    "samples": "Text in samples.txt; --samples null is none",
+    "wandb": "Weights & Biases; --wandb null is off",
+    "trainer": "Lightning's Trainer; --trainer.help lists all that may be set",
 }
-MODELS = {"ClassicLM": ClassicLM, "ModernLM": ModernLM}
+HIDDEN = {"validate": ("model", "seed"), "test": ("model", "seed"), "predict": ("model", "seed", "data")}
+"""What may be given to a command but is seldom meant to be: the checkpoint has it."""
+KINDS = {"config": "FILE", "run_dir": "DIR", "ckpt_path": "FILE", "model": "CLASS", "print_config": ""}
 
 
-class Help(DefaultHelpFormatter):
-    """Help text with defaults in brackets."""
+def asks_for_help(words: list[str]) -> bool:
+    return any(re.fullmatch(r"-h|--(\w+\.)?help(=.*)?", word) for word in words)
 
-    def _get_help_string(self, action: argparse.Action) -> str:
-        plain = isinstance(action.default, (str, int, float)) and action.default not in {"", argparse.SUPPRESS}
-        return f"{action.help or ''}{' [%(default)s]' * plain}"
+
+def page(command: str, words: list[str]) -> str:
+    """The help that the words ask for: of the command, of one group (--trainer.help), of one model's settings."""
+    group = next(word for word in words if asks_for_help([word])).partition("=")[0].lstrip("-").rpartition(".")[0]
+    models = [name for name in ("ClassicLM", "ModernLM") if group == "model" and any(name in word for word in words)]
+
+    def is_shown(name: str, setting: Setting) -> bool:
+        if group:
+            return name.startswith(f"{group}.") and setting.only in ("", *(models or [setting.only]))
+        rare = name.startswith("trainer.") and name.removeprefix("trainer.") not in WORDS
+        return not rare and not name.startswith(HIDDEN.get(command, ()))
+
+    shown = {name: setting for name, setting in catalogue(command).items() if is_shown(name, setting)}
+    defaults = {name: setting.default for name, setting in shown.items()}
+    lines = [f"usage: minigpt {command} [options]"]
+    if command == "fit":
+        values = leaves(yaml.safe_load((CONFIGS / "default.yaml").read_text("utf-8")))
+        defaults |= {plain_name(name): value for name, value in values if name != "model.class_path"}
+        lines.append("Defaults stand in brackets. Files and options count in their order: the last one wins.")
+    for of, names in groupby(shown, key=lambda name: name.partition(".")[0] if "." in name else ""):
+        lines += ["", f"{TITLES[of]}:"]
+        for name in names:
+            lines += row(name, shown[name], defaults[name])
+    return "\n".join(lines)
+
+
+def row(name: str, setting: Setting, default: Any) -> list[str]:
+    """One setting in a line or two."""
+    text = f"{setting.only}: {setting.help}" if setting.only else setting.help
+    if isinstance(default, (int, float, str)) and str(default).strip():
+        text += f" [{str(default).lower() if isinstance(default, bool) else default}]"
+    option = f"  {'-c, ' * (name == 'config')}--{name} {KINDS[name] if name in KINDS else kind(setting.type)} "
+    wrapped = textwrap.wrap(text, WIDTH - COLUMN) or [""]
+    first = (
+        [f"{option:{COLUMN}}{wrapped[0]}"] if len(option) <= COLUMN else [option.rstrip(), " " * COLUMN + wrapped[0]]
+    )
+    return first + [" " * COLUMN + line for line in wrapped[1:]]
+
+
+def kind(hint: Any) -> str:
+    """What stands for a value of this type."""
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    names = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
+    members = [member for member in get_args(hint) or (hint,) if member is not NoneType]
+    return names.get(float if set(members) == {int, float} else members[0], "...")
 
 
 def quiet() -> None:
@@ -61,82 +98,3 @@ def quiet() -> None:
         ".*Trying to infer the `batch_size`.*",
     ):
         warnings.filterwarnings("ignore", advice)
-
-
-def shorten(parser: LightningArgumentParser) -> None:
-    """Hides the rare options of the Trainer."""
-    for action in parser._actions:
-        action.help = HELP.get(action.dest, action.help)
-        rare = action.dest.startswith("trainer.") and action.dest not in HELP and action.nargs != 0
-        if rare or action.dest in {"weights_only", "return_predictions"}:
-            action.help = argparse.SUPPRESS
-
-
-def with_shipped_configs(options: list[str], configs: Path) -> list[str]:
-    """The command line with each -c NAME that is no file replaced by the shipped file of that name."""
-
-    def found(name: str) -> str:
-        if Path(name).exists():
-            return name
-        for candidate in (configs / name, configs / f"{name}.yaml"):
-            if candidate.is_file():
-                return str(candidate)
-        known = [str(path.relative_to(configs).with_suffix("")) for path in sorted(configs.rglob("*.yaml"))]
-        near = difflib.get_close_matches(name.removesuffix(".yaml"), known, n=1)
-        raise InputError(f"-c {name}: there is no such file" + (f"; did you mean {near[0]}?" if near else ""))
-
-    words, out = iter(options), []
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag in ("-c", "--config"):
-            if not equals and (value := next(words, "")) == "":
-                raise InputError(f"{flag} needs a file")
-            out += [flag, found(value)]
-        else:
-            out.append(word)
-    return out
-
-
-def hint(message: str, parser: LightningArgumentParser) -> str:
-    """What an unknown setting may have meant."""
-    if not (unknown := re.search(r"(?:arguments: --|[Oo]ption ')([\w.]+)", message)):
-        return ""
-    names = {action.dest for action in parser._actions}
-    for model in (LanguageModel, ClassicLM, ModernLM):
-        names |= {f"model.{name}" for name in inspect.signature(model).parameters}
-    short = unknown[1].removeprefix("model.").removeprefix("init_args.")
-    for model in (ClassicLM, ModernLM):
-        if short in inspect.signature(model).parameters:
-            return f" ({model.__name__} has it: --model {model.__name__})"
-    name = unknown[1] if "." in unknown[1] else f"{message.partition(':')[0]}.{unknown[1]}"
-    close = difflib.get_close_matches(name.replace("init_args.", ""), names, n=1, cutoff=0.7)
-    return f" (did you mean --{close[0]}?)" if close else ""
-
-
-def model_class(path: str) -> type[LanguageModel]:
-    return MODELS[path.rpartition(".")[2]]
-
-
-def differences(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Leaves of two nested settings that differ: dotted name, before, after."""
-    for name in {**was, **now}:
-        before, after = was.get(name), now.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            yield from differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            yield f"{prefix}{name}", before, after
-
-
-def prompts(prompt: str, file: str) -> list[str]:
-    """What predict continues: one prompt, or those of a file, one a line."""
-    if not file:
-        return [prompt]
-    if prompt:
-        raise InputError("--sample.prompt and --sample.prompt_file are both given: give one")
-    try:
-        lines = Path(file).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"sample.prompt_file {file} cannot be read: {error}") from None
-    if not lines:
-        raise InputError(f"sample.prompt_file {file} is empty: give one prompt a line")
-    return lines

@@ -195,6 +195,11 @@ class ModernGPT(GPT):
         check_sizes(rms_norm_eps=rms_norm_eps, ffn_mult=hidden)
         if n_experts < 0:
             raise ValueError(f"n_experts is {n_experts}: it must be 0, for a dense model, or more")
+        if n_embd % n_head or n_embd // n_head % 2:
+            raise ValueError(
+                f"n_embd is {n_embd} and n_head {n_head}: n_head must divide n_embd into heads of even width, "
+                "for rotary positions"
+            )
         self.block_size = block_size
         self.token_embedding = nn.Embedding(vocab_size, n_embd)
         self.dropout = Dropout(dropout)
