@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from minigpt_pl.__main__ import main
+
+settings.register_profile("project", deadline=None, derandomize=True)
+settings.load_profile("project")
 
 PROJECT = Path(__file__).parents[1]
 TINY = ("-c", "smoke", "--wandb", "null", "--samples", "null")
