@@ -24,6 +24,7 @@ except ImportError:  # Windows
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 TEMPORARY = ".writing"
+SAVED_BEFORE = "what was saved before is whole; make room, then go on from it"
 NEEDED = {  # of a checkpoint
     "state_dict", "optimizer_states", "callbacks", "loops", "global_step", "digest", "settings", "vocab_size",
     "wandb_id", "TextDataModule",
@@ -76,9 +77,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
             with suppress(OSError):
                 temporary.unlink()
-            raise InputError(
-                f"{path} could not be written ({why(error)}): what was saved before is whole; make room, then go on from it"
-            ) from error
+            raise InputError(f"{path} could not be written ({why(error)}): {SAVED_BEFORE}") from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         prepared, self.prepared = self.prepared, None

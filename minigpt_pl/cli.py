@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from minigpt_pl import helptext, mistakes, run_dir, signals
 from minigpt_pl.callbacks import Bar, SampleText, SeedSteps, TrainFigures, WriteText, sample_text
-from minigpt_pl.checkpoint import AtomicCheckpointIO, find_checkpoint, progress, read_checkpoint
+from minigpt_pl.checkpoint import SAVED_BEFORE, AtomicCheckpointIO, find_checkpoint, progress, read_checkpoint
 from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError, say
 from minigpt_pl.generation import Sampling
@@ -51,6 +51,7 @@ FIXED = {  # settings of the data under which a checkpoint's figures would mean 
     "fit": {"tokenizer", "bpe_vocab_size", "bpe_min_pair_freq", "train_frac", "test_frac"},
     "validate": {"tokenizer", "bpe_vocab_size", "bpe_min_pair_freq", "train_frac"},
 }
+ASKED_TOO_MUCH = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)  # while building
 
 
 def run(command: str, options: list[str]) -> int:
@@ -167,7 +168,7 @@ class MiniGPTCLI(LightningCLI):
             raise InputError(mistakes.explain(error, self.given, self.command, model)) from error
         config = self.config[self.command]
         self.settings = self.as_settings(config)
-        mistakes.refuse_impossible(self.settings)
+        mistakes.refuse_impossible(self.settings, self.given)
         idle = mistakes.without_effect(self.given, self.settings, self.command)
         if self.saved:
             self.notes += self.changes({key: self.saved["settings"][key] for key in settings}, idle)
@@ -222,13 +223,7 @@ class MiniGPTCLI(LightningCLI):
         try:
             super().instantiate_classes()
             self.prepare()
-        except (
-            ValueError,
-            TypeError,
-            OSError,
-            ImportError,
-            MisconfigurationException,
-        ) as error:  # asked for what cannot be
+        except ASKED_TOO_MUCH as error:
             raise InputError(mistakes.in_our_words(error, self.given)) from error
         for note in self.notes:
             say(note)
@@ -320,7 +315,7 @@ class MiniGPTCLI(LightningCLI):
                 self.end_other_processes()
                 if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                     raise InputError(
-                        f"{error.filename or self.run_dir} could not be written or read ({error.strerror})"
+                        f"{error.filename or self.run_dir} could not be written ({error.strerror}): {SAVED_BEFORE}"
                     ) from error
                 raise
             finally:

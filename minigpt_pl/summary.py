@@ -20,6 +20,7 @@ from minigpt_pl.errors import Diverged
 from minigpt_pl.stopping import StopEarly, StopTraining
 from minigpt_pl.text import write_atomically
 
+SUMMARY = "summary.json"
 ENDS_BY_ITSELF = ("completed", "early_stopping", "time_limit")
 
 
@@ -89,6 +90,10 @@ class RunSummary(Callback):
         reason = stops.reason or ("early_stopping" if early and early.has_run_out else "completed")
         self._write(trainer, pl_module, reason)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._started and not is_whole(trainer):  # nothing was left to train, but it died before it said so
+            self.on_train_end(trainer, pl_module)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._started:
             with suppress(OSError):  # the disk may be why it ends
@@ -129,8 +134,17 @@ class RunSummary(Callback):
             "parent_step": self.parent_step,
             "config": self.settings,
         }
-        write_atomically(Path(trainer.default_root_dir, "summary.json"), json.dumps(summary, indent=2).encode())
+        write_atomically(Path(trainer.default_root_dir, SUMMARY), json.dumps(summary, indent=2).encode())
         self.written = summary
+
+
+def is_whole(trainer: Trainer) -> bool:
+    """Whether summary.json is that of the end of this run."""
+    try:
+        found = json.loads(Path(trainer.default_root_dir, SUMMARY).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return found["total_steps"] == trainer.global_step and found["stop_reason"] in ENDS_BY_ITSELF
 
 
 def versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 
 from minigpt_pl.modules import LanguageModel
+from minigpt_pl.summary import RunSummary
 
 SMALL = (
     "-c", "smoke", "--wandb", "null", "--samples", "null", "--model.n_embd", 16, "--model.block_size", 16,
@@ -99,6 +100,19 @@ def at_check(step: int, do: Callable[[], Any]) -> Iterator[None]:
         original(self, batch, batch_idx, dataloader_idx)
 
     with patch.object(LanguageModel, "validation_step", check):
+        yield
+
+
+@contextmanager
+def before_summary(do: Callable[[], Any]) -> Iterator[None]:
+    """Calls `do` when a run has ended and its summary is not yet written."""
+    original = RunSummary.on_train_end
+
+    def end(self: RunSummary, *args: Any) -> None:
+        do()
+        original(self, *args)
+
+    with patch.object(RunSummary, "on_train_end", end):
         yield
 
 

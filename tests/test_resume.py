@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import SMALL, at_check, at_micro_batch, differences, interrupt, snapshot, summary
+from runs import SMALL, at_check, at_micro_batch, before_summary, differences, interrupt, snapshot, summary
 
 from conftest import Outcome
 
@@ -122,9 +122,11 @@ def test_what_a_sudden_death_leaves_is_continued_to_the_bit(minigpt: Call, strai
         at_micro_batch(9, snapshot(run, tmp_path / "later")),
         at_check(10, snapshot(run, tmp_path / "check")),
         at_check(16, snapshot(run, tmp_path / "last")),
+        before_summary(snapshot(run, tmp_path / "end")),
     ):
         minigpt(*options, "--run_dir", run)
-    for name in ("first", "later", "check", "last"):
+    assert not (tmp_path / "end" / "summary.json").exists()
+    for name in ("first", "later", "check", "last", "end"):
         go_on(minigpt, tmp_path / name)
         assert differences(expected, tmp_path / name) == []
 
