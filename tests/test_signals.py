@@ -83,8 +83,10 @@ def test_real_processes_are_stopped_and_continued(minigpt: Call, expected: Any, 
 
 
 @pytest.mark.slow
-def test_no_signal_anywhere_costs_a_run(minigpt: Call, expected: Any, tmp_path: Path) -> None:
-    """Sixty kills and more, until each place was struck eight times; `-s` shows where each landed."""
+def test_no_signal_anywhere_costs_a_run(
+    minigpt: Call, expected: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Sixty kills and more, until each place was struck eight times; says where each landed."""
     options, straight = expected
     struck = dict.fromkeys(PLACES, 0)
     number = 0
@@ -97,11 +99,13 @@ def test_no_signal_anywhere_costs_a_run(minigpt: Call, expected: Any, tmp_path: 
         time.sleep(delay)
         landed = process.send(how)
         struck[landed.place] += 1
-        print(f"{number:3} {landed}", flush=True)
+        with capfd.disabled():
+            print(f"{number:3} {landed}", flush=True)
         assert faults(landed, run_dir) == []
         go_on(minigpt, options, run_dir)
         assert same(straight, run_dir) == []
         shutil.rmtree(run_dir)
         number += 1
         assert number < 200, struck
-    print(struck)
+    with capfd.disabled():
+        print(struck)
