@@ -93,6 +93,7 @@ def quiet() -> None:
         ".*You're resuming from a checkpoint that ended.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*exists and is not empty.*",
+        ".*functional.all_gather is deprecated.*",
         ".*smaller than the logging interval.*",
         ".*predict returned None.*",
         ".*Trying to infer the `batch_size`.*",

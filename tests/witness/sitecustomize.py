@@ -1,7 +1,7 @@
 """Loaded by Python itself in a process that a test starts: tells the test where the process is, and plants faults.
 
-The place stands in the file $WITNESS as soon as it is reached, so that it can be read after SIGKILL too. The command
-itself is the README's; the package knows nothing of this.
+The place stands in the file $WITNESS as soon as it is reached, so that it can be read after SIGKILL too; beside it,
+what each device's process found in its checks. The command itself is the README's; the package knows nothing of this.
 """
 
 import os
@@ -10,7 +10,8 @@ from importlib.machinery import PathFinder
 
 
 def mark(place, step=0):
-    os.pwrite(FILE, f"{place} {step:<20}"[:32].encode(), 0)
+    if RANK == "0":
+        os.pwrite(FILE, f"{place} {step:<20}"[:32].encode(), 0)
 
 
 def in_modules(module):
@@ -57,7 +58,23 @@ def in_checkpoint(module):
         module.AtomicCheckpointIO.save_checkpoint = save_checkpoint
 
 
-HOOKS = {"minigpt_pl.modules": in_modules, "minigpt_pl.summary": in_summary, "minigpt_pl.checkpoint": in_checkpoint}
+def in_callbacks(module):
+    end = module.TrainFigures.on_validation_end
+
+    def on_validation_end(self, trainer, pl_module):
+        with open(f"{os.environ['WITNESS']}.checks-{RANK}", "a") as file:
+            file.write(f"{trainer.global_step} {pl_module.figures}\n")
+        return end(self, trainer, pl_module)
+
+    module.TrainFigures.on_validation_end = on_validation_end
+
+
+HOOKS = {
+    "minigpt_pl.modules": in_modules,
+    "minigpt_pl.summary": in_summary,
+    "minigpt_pl.checkpoint": in_checkpoint,
+    "minigpt_pl.callbacks": in_callbacks,
+}
 
 
 class Finder:
@@ -77,7 +94,8 @@ class Finder:
         return spec
 
 
-if "WITNESS" in os.environ and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+if "WITNESS" in os.environ:
+    RANK = os.environ.get("LOCAL_RANK", "0")
     FILE = os.open(os.environ["WITNESS"], os.O_CREAT | os.O_WRONLY)
     FAULT = os.environ.get("FAULT")
     mark("start")
