@@ -28,12 +28,14 @@ def harmless(settings: Any, path: Path, options: Iterable[str]) -> dict[str, Any
     Raises:
         InputError: If a class is neither; a user's own must be given again on the command line.
     """
-    if not isinstance(settings, dict) or not all(isinstance(settings.get(name), dict) for name in ("model", "data", "trainer")):
+    sections = isinstance(settings, dict) and [settings.get(name) for name in ("model", "data", "trainer")]
+    if not sections or not all(isinstance(section, dict) for section in sections) or "config" in settings:
         raise InputError(f"{path} has no settings of a run")
     again = {option.partition("=")[0].rstrip("+").removeprefix("--trainer.") for option in options}
     trainer = {name: value for name, value in settings["trainer"].items() if name not in again}
-    for section in (trainer, settings["model"].get("init_args"), *(settings[k] for k in settings.keys() - {"model", "trainer"})):
-        _look(section, path, built=section is trainer)
+    _look(trainer, path, built=True)
+    _look(settings["model"].get("init_args"), path, built=False)
+    _look({name: section for name, section in settings.items() if name not in ("model", "trainer")}, path, built=False)
     # To go on with a changed text is agreed to once, not for ever.
     return settings | {"trainer": trainer, "data": settings["data"] | {"allow_changed_text": False}}
 
