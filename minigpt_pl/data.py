@@ -122,6 +122,15 @@ class TextDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.saved = state_dict
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **settings: Any) -> Any:
+        """There is none: Lightning's own may execute what a file holds.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(f"{checkpoint_path}: minigpt_pl.load_checkpoint gives its model and tokenizer; name the text anew")
+
     # The text.
 
     @property

@@ -15,6 +15,7 @@ from runs import SMALL
 from conftest import Outcome
 from minigpt_pl import load_checkpoint
 from minigpt_pl.checkpoint import digest, read_checkpoint
+from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError
 from minigpt_pl.modules import ClassicLM, LanguageModel, ModernLM, check_sizes_fit
 from minigpt_pl.vetting import harmless
@@ -64,7 +65,8 @@ def everyone(minigpt: Call, path: Path, new: Path) -> list[str]:
             assert outcome.err.count("\n") == 1
             assert len(outcome.err) < 600
             said.append(outcome.err)
-    for load in (ModernLM.load_from_checkpoint, LanguageModel.load_from_checkpoint, load_checkpoint):
+    classes = (ModernLM, LanguageModel, TextDataModule)
+    for load in (*(cls.load_from_checkpoint for cls in classes), load_checkpoint):
         with pytest.raises(InputError) as refusal:
             load(path)
         said.append(str(refusal.value))
