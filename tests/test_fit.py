@@ -10,6 +10,8 @@ import math
 import os
 import re
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -130,21 +132,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory, text: str) -> tuple[Path,
             patch.delenv(name)
         patch.setenv("HOME", str(home / "nobody"))
         patch.setattr("builtins.input", lambda *args: pytest.fail("fit asks a question"))
-        lines: list[str] = []
-        patch.setattr("builtins.print", lambda *words, **kw: lines.append(" ".join(map(str, words))))
         words = [
             "fit", *SIZES, "--data.max_eval_tokens", 2_000_000, "--samples.max_new_tokens", 20,
             "--data.path", home / "text.txt", "--data.train_frac", TRAIN, "--data.test_frac", TEST,
             "--run_dir", home / "run",
         ]  # fmt: skip
-        status = main([str(word) for word in words])
-        assert not [name for name in os.environ if name.startswith("WANDB_")]
-    return home / "run", Outcome(status, "\n".join(lines), "")
+        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+            status = main([str(word) for word in words])
+        assert "WANDB_MODE" not in os.environ, "the next run in this process would be offline, asked or not"
+    return home / "run", Outcome(status, out.getvalue(), err.getvalue())
 
 
 def test_a_run_directory_holds_what_it_should(finished: tuple[Path, Outcome]) -> None:
     run, done = finished
-    assert done.status == 0
+    assert done.status == 0, done.err
     assert {path.name for path in run.iterdir()} == ALL_FILES
     settings = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
     assert not {"run_dir", "ckpt_path"} & settings.keys()
