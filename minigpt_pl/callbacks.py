@@ -1,21 +1,27 @@
-"""What happens beside the training loop: dropout's seeds, figures, the bar, samples of text, text on stdout.
+"""What happens beside the training loop: dropout's seeds, figures, the bar.
 
-What ends a run is in `stopping`, what saves it in `saving`; where figures are written is in `loggers`.
+What ends a run is in `stopping`, what saves it in `saving`, text that a model writes in `samples`; where figures are
+written is in `loggers`.
 """
 
 import math
 import sys
 import time
-from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from minigpt_pl.errors import Diverged, InputError
-from minigpt_pl.generation import Sampling, generate
+from minigpt_pl.errors import Diverged
 from minigpt_pl.randomness import key
+
+Found = TypeVar("Found", bound=Callback)
+
+
+def find(trainer: Any, kind: type[Found]) -> Found:
+    """The trainer's callback of a kind."""
+    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))
 
 
 def step_is_whole(trainer: Trainer, batch_idx: int) -> bool:
@@ -23,12 +29,12 @@ def step_is_whole(trainer: Trainer, batch_idx: int) -> bool:
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
-def check_is_due(trainer: Trainer) -> bool:
+def check_is_due(trainer: Any) -> bool:
     """Whether a check belongs to the step just completed: one on the grid, or the last one."""
     return trainer.global_step % trainer.datamodule.eval_every == 0 or trainer.should_stop
 
 
-def is_off_grid(trainer: Trainer) -> bool:
+def is_off_grid(trainer: Any) -> bool:
     """Whether no check would be due at this step if the run were longer."""
     return trainer.global_step % trainer.datamodule.eval_every != 0
 
@@ -36,7 +42,7 @@ def is_off_grid(trainer: Trainer) -> bool:
 class SeedSteps(Callback):
     """Makes dropout a pure function of (seed, step, micro-batch, rank): a resumed run draws the same masks."""
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         micro = batch_idx % trainer.accumulate_grad_batches
         seed = key(trainer.datamodule.seed, "dropout", trainer.global_step, micro, trainer.global_rank, size=7)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack each time, for devices not there
@@ -130,7 +136,7 @@ class TrainFigures(Callback):
             raise Diverged(f"step {trainer.global_step}: val/loss is {pl_module.figures['val/loss']}")
         log(trainer, pl_module.figures)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.tokens_seen += batch[1].numel() * trainer.world_size
         self._since_log[0] += 1
         if not step_is_whole(trainer, batch_idx):
@@ -152,7 +158,9 @@ class TrainFigures(Callback):
             return None
         now = (self.tokens_seen, self._watch.read())
         tokens, seconds = now[0] - self._mark[0], now[1] - self._mark[1]
-        self.timed_tokens, self.timed_seconds, self._mark = self.timed_tokens + tokens, self.timed_seconds + seconds, now
+        self.timed_tokens += tokens
+        self.timed_seconds += seconds
+        self._mark = now
         return tokens / seconds if seconds else None
 
     def _log(self, trainer: Trainer, pl_module: Any) -> None:
@@ -188,9 +196,8 @@ class Bar(TQDMProgressBar):
     def __init__(self) -> None:
         super().__init__(refresh_rate=20 if sys.stdout.isatty() else 0)
 
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        shown = {}
-        figures = next(c for c in trainer.callbacks if isinstance(c, TrainFigures)).latest
+    def get_metrics(self, trainer: Any, pl_module: LightningModule) -> dict[str, Any]:
+        shown, figures = {}, find(trainer, TrainFigures).latest
         if figures:
             shown = {"loss": f"{figures['train/loss']:.4f}", "tok/s": f"{figures.get('perf/tokens_per_s', 0):,.0f}"}
         best = trainer.checkpoint_callback.best_model_score
@@ -205,10 +212,10 @@ class Bar(TQDMProgressBar):
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
-        figures = next(c for c in trainer.callbacks if isinstance(c, TrainFigures)).latest
+        figures, check = find(trainer, TrainFigures).latest, pl_module.figures
         line = f"step {trainer.global_step:>5}/{trainer.max_steps}"
         line += f"  train/loss {figures['train/loss']:.4f}" if figures else ""
-        line += f"  val/loss {pl_module.figures['val/loss']:.4f}  nats/char {pl_module.figures['val/nats_per_char']:.4f}"
+        line += f"  val/loss {check['val/loss']:.4f}  nats/char {check['val/nats_per_char']:.4f}"
         line += f"  {figures['perf/tokens_per_s']:,.0f} tokens/s" if "perf/tokens_per_s" in figures else ""
         self.print(line)
 
@@ -217,82 +224,3 @@ class Bar(TQDMProgressBar):
             print(*args, flush=True)
         else:
             super().print(*args, **kwargs)
-
-
-@final
-class SampleText(Callback):
-    """Writes what the model has learned so far to samples.txt. `--samples null` does without.
-
-    Args:
-        every_n_checks: Checks between samples.
-        prompt: What the samples continue.
-        max_new_tokens: Their length.
-        temperature: As --sample.temperature of predict.
-    """
-
-    def __init__(self, every_n_checks: int, prompt: str = "\n", max_new_tokens: int = 200, temperature: float = 0.8):
-        if every_n_checks < 1:
-            raise InputError(f"samples.every_n_checks is {every_n_checks}: it must be at least 1")
-        self.every_n_checks, self.prompt = every_n_checks, prompt
-        self.sampling = Sampling(max_new_tokens, temperature)
-
-    def path(self, trainer: Trainer) -> Path:
-        return Path(trainer.default_root_dir, "samples.txt")
-
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        due = trainer.global_step // trainer.datamodule.eval_every % self.every_n_checks == 0
-        if trainer.is_global_zero and (due or trainer.global_step >= trainer.max_steps):
-            with self.path(trainer).open("a", encoding="utf-8") as file:
-                file.write(f"=== step {trainer.global_step}\n{sample_text(trainer, pl_module, self.prompt, self.sampling)}\n")
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        path = self.path(trainer)
-        if trainer.is_global_zero and path.exists():  # what a stopped run wrote after its checkpoint is written again
-            kept, keep, last = [], True, trainer.global_step - is_off_grid(trainer)
-            for line in path.read_text("utf-8").splitlines(keepends=True):
-                if line.startswith("=== step "):
-                    keep = int(line.split()[2]) <= last
-                kept += [line] if keep else []
-            path.write_text("".join(kept), "utf-8")
-
-
-def sample_text(trainer: Trainer, pl_module: Any, prompt: str, sampling: Sampling) -> str:
-    """A prompt and its continuation, by the model as it is; characters of the prompt that it lacks are left out."""
-    tokenizer = trainer.datamodule.tokenizer
-    known = "".join(c for c in prompt if c in set("".join(tokenizer.vocabulary)))
-    ids = tokenizer.encode(known or tokenizer.vocabulary[0]).tolist()
-    training = pl_module.net.training
-    pl_module.net.eval()
-    tokens = [token for (token,) in generate(pl_module.net, ids, sampling)]
-    pl_module.net.train(training)
-    return known + tokenizer.decode(tokens)
-
-
-class WriteText(Callback):
-    """predict: prompts and their continuations on stdout, as they are generated, and nothing else."""
-
-    def __init__(self) -> None:
-        self._first = True
-
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        tokenizer = trainer.datamodule.tokenizer
-        prompt = trainer.datamodule.prompts[batch_idx] or tokenizer.decode(batch)
-        finished: list[list[int]] = [[] for _ in range(pl_module.sampling.num_samples)]
-        self._begin(prompt)
-        for tokens in outputs:
-            sys.stdout.write(tokenizer.decode(tokens[:1]))
-            sys.stdout.flush()
-            for stream, token in zip(finished, tokens, strict=True):
-                stream.append(token)
-        for stream in finished[1:]:
-            sys.stdout.write("\n")
-            self._begin(prompt)
-            sys.stdout.write(tokenizer.decode(stream))
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-
-    def _begin(self, prompt: str) -> None:
-        sys.stdout.write(prompt if self._first else f"---\n{prompt}")
-        self._first = False

@@ -167,7 +167,9 @@ def read_checkpoint(path: Any) -> dict[str, Any]:
     except PermissionError:
         raise InputError(f"the checkpoint {path} cannot be read: permission denied") from None
     except Exception as error:  # torch raises a dozen kinds on a damaged or hostile file; none is executed
-        raise InputError(f"{path} is damaged or not a checkpoint of plain values ({reason(error)})" + offer(path)) from None
+        raise InputError(
+            f"{path} is damaged or not a checkpoint of plain values ({reason(error)})" + offer(path)
+        ) from None
     finally:
         if forced is not None:
             os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = forced
@@ -180,7 +182,11 @@ def read_checkpoint(path: Any) -> dict[str, Any]:
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether the file has every element of it: torch rebuilds a tensor of any size from one repeated number."""
-    return tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() >= tensor.nbytes
+    return (
+        tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.untyped_storage().nbytes() >= tensor.nbytes
+    )
 
 
 def reason(error: Exception) -> str:

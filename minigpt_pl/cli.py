@@ -23,13 +23,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from minigpt_pl import helptext, mistakes, run_dir, signals
-from minigpt_pl.callbacks import Bar, SampleText, SeedSteps, TrainFigures, WriteText, sample_text
+from minigpt_pl.callbacks import Bar, SeedSteps, TrainFigures
 from minigpt_pl.checkpoint import SAVED_BEFORE, AtomicCheckpointIO, find_checkpoint, progress, read_checkpoint
 from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError, say
 from minigpt_pl.generation import Sampling
 from minigpt_pl.loggers import MetricsCSV, Wandb
-from minigpt_pl.modules import MODELS, LanguageModel, check_sizes_fit
+from minigpt_pl.modules import MODELS, LanguageModel
+from minigpt_pl.samples import SampleText, WriteText, sample_text
 from minigpt_pl.saving import BestCheckpoint, LastCheckpoint, SaveSettings
 from minigpt_pl.settings import (
     CONFIGS,
@@ -45,7 +46,7 @@ from minigpt_pl.settings import (
 )
 from minigpt_pl.stopping import StopEarly, StopTraining
 from minigpt_pl.summary import RunSummary, how_to_go_on, table
-from minigpt_pl.vetting import harmless
+from minigpt_pl.vetting import check_sizes_fit, harmless
 
 FIXED = {  # settings of the data under which a checkpoint's figures would mean something else
     "fit": {"tokenizer", "bpe_vocab_size", "bpe_min_pair_freq", "train_frac", "test_frac"},
@@ -151,7 +152,7 @@ class MiniGPTCLI(LightningCLI):
             try:
                 self.saved = read_checkpoint(self.ckpt_path)
                 settings = harmless(self.saved["settings"], self.ckpt_path, self.words)
-                check_sizes_fit(self.saved)
+                check_sizes_fit(self.saved, MODELS)
             except InputError as error:
                 problem, path = str(error).removeprefix("the checkpoint "), str(self.ckpt_path)
                 colon = "" if path == places["ckpt_path"] and problem.startswith(path) else f"{places['ckpt_path']}: "

@@ -19,6 +19,7 @@ from minigpt_pl.generation import Sampling, generate
 from minigpt_pl.models import GPT, ClassicGPT, ModernGPT, nll
 from minigpt_pl.moe import Gate
 from minigpt_pl.optim import Schedule, build_optimizer, lr_factor
+from minigpt_pl.vetting import check_sizes_fit
 
 
 class LanguageModel(LightningModule, ABC):
@@ -147,7 +148,7 @@ class LanguageModel(LightningModule, ABC):
         """Loss, nats per character, bits per byte and perplexity over all devices; counted in fp64 on the CPU."""
         nats, counts = (torch.cat(columns) for columns in zip(*tally, strict=True))
         if self.trainer.world_size > 1:
-            nats, counts = self.all_gather(nats).flatten(), self.all_gather(counts).flatten(0, 1)
+            nats, counts = (self.trainer.strategy.all_gather(x).flatten(0, 1) for x in (nats, counts))
         nats = nats.cpu().double()
         means = []
         for count in counts.cpu().T:  # tokens, characters, bytes
@@ -265,23 +266,29 @@ class ModernLM(LanguageModel):
         return loss + self.moe_aux_loss_coef * aux
 
     def step_figures(self) -> dict[str, float]:
+        """Entropy and dead experts; the load of each, or where these are many, the extremes of each layer or of all."""
         routings = [moe.last_routing for moe in self.net.moe_layers() if moe.last_routing is not None]
         if not routings:
             return {}
         shares, probabilities = (torch.stack(parts).cpu() for parts in zip(*routings, strict=True))  # (layers, E)
         entropy = -(probabilities * probabilities.clamp(min=1e-30).log()).sum(-1).mean()
         figures = {"moe/entropy": entropy.item(), "moe/dead_experts": float((shares == 0).sum())}
-        for layer, layer_shares in enumerate(shares.tolist()):
-            for expert, share in enumerate(layer_shares):
-                figures[f"moe/load_{layer}_{expert}"] = share
-        return figures
+        layers = list(enumerate(shares.tolist()))
+        loads = {f"moe/load_{layer}_{expert}": share for layer, row in layers for expert, share in enumerate(row)}
+        if len(loads) > MOST_LOADS:
+            loads = {f"moe/load_{layer}_{of.__name__}": of(row) for layer, row in layers for of in (max, min)}
+        if len(loads) > MOST_LOADS:
+            loads = {"moe/load_max": shares.max().item(), "moe/load_min": shares.min().item()}
+        return figures | loads
 
 
+MOST_LOADS = 30  # with two more about experts they still make a panel that can be read
 MODELS = {f"{cls.__module__}.{cls.__name__}": cls for cls in (ClassicLM, ModernLM)}
-LONGEST = 1 << 20  # tokens of context that a checkpoint may claim: rotary tables leave no trace in it
 
 
-def from_checkpoint(saved: dict[str, Any], expected: type[LanguageModel] = LanguageModel, **settings: Any) -> LanguageModel:
+def from_checkpoint(
+    saved: dict[str, Any], expected: type[LanguageModel] = LanguageModel, **settings: Any
+) -> LanguageModel:
     """The model of a checkpoint that `read_checkpoint` has read, in eval mode on the CPU.
 
     Args:
@@ -289,7 +296,7 @@ def from_checkpoint(saved: dict[str, Any], expected: type[LanguageModel] = Langu
         expected: The class it must be of.
         settings: Override the stored ones.
     """
-    check_sizes_fit(saved)
+    check_sizes_fit(saved, MODELS)
     model = saved["settings"]["model"]
     cls = MODELS[model["class_path"]]
     if not issubclass(cls, expected):
@@ -297,26 +304,3 @@ def from_checkpoint(saved: dict[str, Any], expected: type[LanguageModel] = Langu
     built = cls(**{**model["init_args"], **settings, "vocab_size": saved["vocab_size"]})
     built.load_state_dict(saved["state_dict"])
     return built.eval()
-
-
-def check_sizes_fit(saved: dict[str, Any]) -> None:
-    """Compares the sizes that a checkpoint's settings claim with its tensors, before memory is taken for any.
-
-    Raises:
-        InputError: If they differ, or the settings are those of no model.
-    """
-    try:
-        named, arguments = saved["settings"]["model"]["class_path"], saved["settings"]["model"]["init_args"]
-        if (cls := MODELS.get(named)) is None:
-            raise ValueError(f"there is no model {named!r}; there are {', '.join(MODELS)}")
-        blocks = {name.split(".")[2] for name in saved["state_dict"] if name.startswith("net.blocks.")}
-        if arguments["n_layer"] != len(blocks) or not arguments["block_size"] <= LONGEST:
-            raise ValueError(f"n_layer {arguments['n_layer']}, block_size {arguments['block_size']}: {len(blocks)} blocks")
-        with torch.device("meta"):  # shapes without numbers
-            claimed = cls(**{**arguments, "vocab_size": saved["vocab_size"]}).state_dict()
-        for name in sorted(claimed.keys() | saved["state_dict"].keys()):
-            shapes = [tuple(weights[name].shape) if name in weights else "none" for weights in (claimed, saved["state_dict"])]
-            if shapes[0] != shapes[1]:
-                raise ValueError(f"{name} of shape {shapes[0]} claimed, {shapes[1]} found")
-    except Exception as error:  # settings may hold anything
-        raise InputError(f"the checkpoint's settings do not fit its weights: {str(error)[:200] or repr(error)}") from None

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from minigpt_pl import signals
-from minigpt_pl.checkpoint import clean_leftovers, holds_run
+from minigpt_pl.checkpoint import LAST, clean_leftovers, holds_run
 from minigpt_pl.errors import InputError, is_first_process, say
 
 OURS = ("config.yaml", "metrics.csv", "summary.json", "samples.txt", "wandb")
@@ -33,8 +33,9 @@ def choose(said: str, checkpoint: Path | None, model: str) -> tuple[Path, bool]:
     """
     if not is_first_process():  # the clock has moved on, and the directory may hold a run by now
         return Path(os.environ["MINIGPT_RUN_DIR"]), os.environ["MINIGPT_GOES_ON"] == "1"
-    home = checkpoint.resolve().parent if checkpoint else None
-    goes_on = bool(checkpoint) and checkpoint.name == "last.ckpt" and (not said or Path(said).expanduser().resolve() == home)  # type: ignore[union-attr]
+    goes_on = checkpoint is not None and checkpoint.name == LAST
+    if goes_on and said and checkpoint:
+        goes_on = Path(said).expanduser().resolve() == checkpoint.parent.resolve()
     if checkpoint and not goes_on and not said:
         raise InputError(
             f"--ckpt_path {checkpoint} is not where a run stopped: give its branch a place with --run_dir NEW, "
@@ -70,7 +71,9 @@ def claimed(run_dir: Path, goes_on: bool) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"--run_dir {run_dir}: another process trains there; wait for it, or choose another --run_dir") from None
+        raise InputError(
+            f"--run_dir {run_dir}: another process trains there; wait for it, or choose another --run_dir"
+        ) from None
     except OSError as error:
         raise InputError(f"--run_dir {run_dir} cannot be written ({error.strerror}): choose another") from None
 

@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from minigpt_pl.callbacks import check_is_due, step_is_whole
+from minigpt_pl.callbacks import check_is_due, find, step_is_whole
 from minigpt_pl.checkpoint import BEST, LAST
 from minigpt_pl.errors import InputError
 from minigpt_pl.text import write_atomically
@@ -67,9 +67,10 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps last.ckpt, from which a run goes on: written when training starts, in between, with each best, and at the end.
+    """Keeps last.ckpt, from which a run goes on.
 
-    Where a check is due it is written after the check, which would be lost otherwise.
+    It is written when training starts, every so many steps and minutes, with each best.ckpt, and at the end. Where a
+    check is due it is written after the check, which would be lost otherwise.
     """
 
     def __init__(self, run_dir: str, every_n_train_steps: int, minutes: float):
@@ -110,7 +111,7 @@ class LastCheckpoint(ModelCheckpoint):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        improved = any(isinstance(c, BestCheckpoint) and c.saved_step == trainer.global_step for c in trainer.callbacks)
+        improved = find(trainer, BestCheckpoint).saved_step == trainer.global_step
         if self._is_due(trainer, pl_module) or trainer.should_stop or improved:
             self._save(trainer)
 

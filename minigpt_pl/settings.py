@@ -18,12 +18,12 @@ import docstring_parser
 import yaml
 from lightning.pytorch import Trainer
 
-from minigpt_pl.callbacks import SampleText
 from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation import Sampling
 from minigpt_pl.loggers import Wandb
 from minigpt_pl.modules import ClassicLM, ModernLM
+from minigpt_pl.samples import SampleText
 from minigpt_pl.stopping import StopEarly
 
 HOME = Path(__file__).parent / "shipped"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from minigpt_pl.callbacks import TrainFigures, is_off_grid
+from minigpt_pl.callbacks import TrainFigures, find, is_off_grid
 from minigpt_pl.errors import Diverged
 from minigpt_pl.stopping import StopEarly, StopTraining
 from minigpt_pl.text import write_atomically
@@ -30,7 +30,8 @@ def git_commit() -> str | None:
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True, start_new_session=True,  # no Ctrl-C for it
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+            start_new_session=True,  # no Ctrl-C for it
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
@@ -84,8 +85,8 @@ class RunSummary(Callback):
                 "best_bits_per_byte": pl_module.figures["val/bits_per_byte"],
             }
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        stops = _find(trainer, StopTraining)
+    def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        stops = find(trainer, StopTraining)
         early = next((c for c in trainer.callbacks if isinstance(c, StopEarly)), None)
         reason = stops.reason or ("early_stopping" if early and early.has_run_out else "completed")
         self._write(trainer, pl_module, reason)
@@ -100,7 +101,7 @@ class RunSummary(Callback):
                 self._write(trainer, pl_module, "diverged" if isinstance(exception, Diverged) else "error")
 
     @torch.no_grad()
-    def _final_train_loss(self, trainer: Trainer, pl_module: Any) -> float:
+    def _final_train_loss(self, trainer: Any, pl_module: Any) -> float:
         training, nats, tokens = pl_module.net.training, 0.0, 0
         pl_module.net.eval()
         for inputs, targets, counts in trainer.datamodule.final_batches():
@@ -109,8 +110,8 @@ class RunSummary(Callback):
         pl_module.net.train(training)
         return nats / tokens
 
-    def _write(self, trainer: Trainer, pl_module: Any, reason: str) -> None:
-        figures, seconds = _find(trainer, TrainFigures), _find(trainer, StopTraining).seconds
+    def _write(self, trainer: Any, pl_module: Any, reason: str) -> None:
+        figures, seconds = find(trainer, TrainFigures), find(trainer, StopTraining).seconds
         final_train = self._final_train_loss(trainer, pl_module) if reason in ENDS_BY_ITSELF else None
         if not trainer.is_global_zero:
             return
@@ -152,15 +153,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def _find(trainer: Trainer, kind: type[Any]) -> Any:
-    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))
-
-
 def table(summary: dict[str, Any], run_dir: Path) -> str:
     """The end of a run in a few lines, and how to go on from it."""
     best = "none: no check was made"
     if summary["best_val"] is not None:
-        best = f"{summary['best_val']:.4f} nats/token, {summary['best_nats_per_char']:.4f} nats/char at step {summary['best_step']}"
+        value, per_char = summary["best_val"], summary["best_nats_per_char"]
+        best = f"{value:.4f} nats/token, {per_char:.4f} nats/char at step {summary['best_step']}"
     speed = f"{summary['tokens_per_s']:,.0f} tokens/s, " if summary["tokens_per_s"] else ""
     rows = {
         "best val/loss": best,

@@ -1,13 +1,15 @@
 """What the settings inside a checkpoint may say: they are parsed like the user's own, but anyone may have written them.
 
-The tensors are vetted in `checkpoint`, the sizes in `modules`.
+How the file itself is read is in `checkpoint`.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
 
 from minigpt_pl.errors import InputError
 
@@ -15,6 +17,8 @@ TRUSTED = ("minigpt_pl.", "lightning.pytorch.")
 WORD = re.compile(r"[\w:+, -]*")
 """What a setting of the Trainer may be, where it is a string: a device, a precision, a time; no file and no class."""
 IMPORT = re.compile(r"\w+(\.\w+)+")
+LONGEST = 1 << 20
+"""Tokens of context that a checkpoint may claim: rotary tables leave no trace in it."""
 
 
 def harmless(settings: Any, path: Path, options: Iterable[str]) -> dict[str, Any]:
@@ -59,7 +63,7 @@ def _look(node: Any, path: Path, built: bool) -> None:
 
 
 def _look_inside(node: Any, path: Path) -> None:
-    """The arguments of a class: plain values, or classes as before; nothing that a parser could import as a function."""
+    """The arguments of a class: plain values, or classes as before; nothing that could be imported as a function."""
     if isinstance(node, dict):
         if "class_path" in node:
             _look(node, path, built=True)
@@ -90,3 +94,34 @@ def _refuse(path: Path, name: Any) -> NoReturn:
         f"{path} names {name!r}, which is no class of minigpt_pl or Lightning: if you trust it, give it again on the "
         "command line, with --trainer.callbacks or where it stood"
     )
+
+
+def check_sizes_fit(saved: dict[str, Any], models: Mapping[str, Any]) -> None:
+    """Compares the sizes that a checkpoint's settings claim with its tensors, before memory is taken for any.
+
+    Args:
+        saved: A checkpoint that `read_checkpoint` has read.
+        models: The classes that it may name, by their import paths.
+
+    Raises:
+        InputError: If they differ, or the settings are those of no model.
+    """
+    try:
+        found, model = saved["state_dict"], saved["settings"]["model"]
+        named, settings = model["class_path"], {**model["init_args"], "vocab_size": saved["vocab_size"]}
+        if named not in models:
+            raise ValueError(f"there is no model {named!r}; there are {', '.join(models)}")
+        blocks = {name.split(".")[2] for name in found if name.startswith("net.blocks.")}
+        if settings["n_layer"] != len(blocks):
+            raise ValueError(f"n_layer is {settings['n_layer']}, and {len(blocks)} blocks are there")
+        if not settings["block_size"] <= LONGEST:
+            raise ValueError(f"block_size is {settings['block_size']}, above {LONGEST}")
+        with torch.device("meta"):  # shapes without numbers
+            claimed = models[named](**settings).state_dict()
+        for name in sorted(claimed.keys() | found.keys()):
+            sizes = [list(weights[name].shape) if name in weights else "missing" for weights in (claimed, found)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(f"{name} is {sizes[1]}, not {sizes[0]}")
+    except Exception as error:  # settings may hold anything
+        problem = str(error)[:200] or repr(error)
+        raise InputError(f"the checkpoint's settings do not fit its weights: {problem}") from None

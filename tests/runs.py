@@ -23,7 +23,7 @@ SMALL = (
     "--data.batch_size", 4, "--data.eval_every", 5, "--trainer.max_steps", 16, "--trainer.log_every_n_steps", 3,
     "--model.dropout", 0.1, "--last.every_n_train_steps", 4, "--trainer.enable_progress_bar", "false",
 )  # fmt: skip
-"""Options of a run of half a second with dropout: a check every 5 of 16 steps, a row of figures every 3, a save every 4."""
+"""Options of a run of half a second: dropout, a check every 5 of 16 steps, figures every 3, a save every 4."""
 
 TIMES = {"wall_seconds", "tokens_per_s", "perf/tokens_per_s", "seconds", "timed_seconds", "timed_tokens"}
 """What differs between two equal runs."""
@@ -37,7 +37,9 @@ def flat(node: Any, name: str = "") -> dict[str, Any]:
         parts = enumerate(node)
     else:
         return {name: node}
-    return {place: leaf for key, part in parts if key not in TIMES for place, leaf in flat(part, f"{name}/{key}").items()}
+    return {
+        place: leaf for key, part in parts if key not in TIMES for place, leaf in flat(part, f"{name}/{key}").items()
+    }
 
 
 def summary(run_dir: Path) -> dict[str, Any]:

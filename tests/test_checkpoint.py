@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Outcome
 from runs import SMALL, at_micro_batch, differences
 
-from conftest import Outcome
 from minigpt_pl.checkpoint import AtomicCheckpointIO, digest, read_checkpoint, tensors
 from minigpt_pl.errors import InputError
 
@@ -143,7 +143,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_full_disk_is_said_and_costs_nothing(minigpt: Call, small_disk: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_said_and_costs_nothing(
+    minigpt: Call, small_disk: Path, text_file: Path, tmp_path: Path
+) -> None:
     options = ("fit", *SMALL, "--data.path", text_file)
     assert minigpt(*options, "--run_dir", tmp_path / "straight").status == 0
     for step, name in ((3, ""), (4, "/last.ckpt")):  # where a row of metrics.csv is due, and a checkpoint

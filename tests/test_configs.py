@@ -21,12 +21,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from minigpt_pl import cli, helptext
-from minigpt_pl.callbacks import SampleText
 from minigpt_pl.cli import MiniGPTCLI
 from minigpt_pl.data import TextDataModule
 from minigpt_pl.layers import Dropout
 from minigpt_pl.models import ClassicGPT, ModernGPT
 from minigpt_pl.modules import ClassicLM, ModernLM
+from minigpt_pl.samples import SampleText
 from minigpt_pl.saving import BestCheckpoint, LastCheckpoint
 from minigpt_pl.stopping import StopEarly, StopTraining
 from minigpt_pl.tokenizer import BPETokenizer, CharTokenizer

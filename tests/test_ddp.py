@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Outcome
 from kills import Process, faults
 from runs import SMALL, differences, flat, summary
 
-from conftest import Outcome
 from minigpt_pl.checkpoint import read_checkpoint
 
 Call = Callable[..., Outcome]
@@ -69,7 +69,7 @@ def test_rows_of_all_devices_are_the_batch_of_one() -> None:
 
 
 def test_two_devices_stop_at_one_step_and_one_device_goes_on(minigpt: Call, options: Any, tmp_path: Path) -> None:
-    """SIGTERM reaches the first process only. What it saved is continued on one device, and ends as if it began there."""
+    """SIGTERM reaches the first process only. What it saved goes on on one device, and ends as if it began there."""
     process = Process((*options, *TWO), tmp_path / "two")
     process.wait_for("step", 8)
     landed = process.send("SIGTERM")
@@ -154,7 +154,9 @@ def test_two_devices_diverge_together(options: Any, tmp_path: Path) -> None:
     assert is_gone(process)
     assert summary(tmp_path / "run")["stop_reason"] == "diverged"
     assert process.log.read_text("utf-8").count("error: ") == 1
-    assert all(value.isfinite().all() for value in read_checkpoint(tmp_path / "run" / "last.ckpt")["state_dict"].values())
+    assert all(
+        value.isfinite().all() for value in read_checkpoint(tmp_path / "run" / "last.ckpt")["state_dict"].values()
+    )
 
 
 @pytest.mark.slow
@@ -175,5 +177,7 @@ def test_resumed_figures_are_those_of_all_devices(options: Any, tmp_path: Path) 
     assert Process((*options, *TWO, "--trainer.max_steps", 10), tmp_path / "run").end() == 0
     assert Process(("fit", "--ckpt_path", "last", "--trainer.max_steps", 20), tmp_path / "run").end() == 0
     columns = ("step", "part", "train/loss", "train/grad_norm", "val/loss")
-    found = [flat([{name: row[name] for name in columns} for row in rows(tmp_path / name)]) for name in ("straight", "run")]
+    found = [
+        flat([{name: row[name] for name in columns} for row in rows(tmp_path / name)]) for name in ("straight", "run")
+    ]
     assert found[0] == found[1]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SMALL, at_check, at_micro_batch, summary
-
 from conftest import Outcome
+from runs import SMALL, summary
+
 from minigpt_pl.checkpoint import read_checkpoint, tensors
 from minigpt_pl.modules import LanguageModel
 
@@ -32,7 +32,9 @@ def check(outcome: Outcome, run: Path, *, last: int, best: int | None) -> None:
             continue
         checkpoint = read_checkpoint(run / f"{name}.ckpt")
         assert checkpoint["global_step"] == step
-        assert all(tensor.isfinite().all() for _, tensor in tensors([checkpoint["state_dict"], checkpoint["optimizer_states"]]))
+        assert all(
+            tensor.isfinite().all() for _, tensor in tensors([checkpoint["state_dict"], checkpoint["optimizer_states"]])
+        )
     for line in (run / "metrics.csv").read_text("utf-8").splitlines():
         assert not {"nan", "inf"} & set(line.split(","))
 
@@ -49,7 +51,7 @@ def test_a_learning_rate_far_too_high(fit: Call, tmp_path: Path) -> None:
 def test_a_weight_that_is_no_number_between_two_logs_never_reaches_a_checkpoint(
     fit: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
 ) -> None:
-    """Planted in step 7 of 16: after a check at 5, before the next row of figures at 9 or, at `last` 1, the next save."""
+    """Planted in step 7: after the check at 5, before the next row of figures at 9 or, at `last` 1, the next save."""
     original = LanguageModel.training_step
 
     def poisoned(self: LanguageModel, batch: object, batch_idx: int) -> torch.Tensor:

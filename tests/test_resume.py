@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import SMALL, at_check, at_micro_batch, before_summary, differences, interrupt, snapshot, summary
-
 from conftest import Outcome
+from runs import SMALL, at_check, at_micro_batch, before_summary, differences, interrupt, snapshot, summary
 
 Call = Callable[..., Outcome]
 
@@ -84,7 +83,9 @@ def test_every_kind_of_run_is_continued_to_the_bit_from_every_step(
         assert differences(expected, run_dir) == []
 
 
-def test_a_signal_between_micro_batches_and_in_a_check_waits_for_both(minigpt: Call, straight: Any, tmp_path: Path) -> None:
+def test_a_signal_between_micro_batches_and_in_a_check_waits_for_both(
+    minigpt: Call, straight: Any, tmp_path: Path
+) -> None:
     options, expected = straight(minigpt, "classic", 4)
     with at_micro_batch(6, interrupt), at_check(5, interrupt):  # the second one lies in the step after the resume
         assert minigpt(*options, "--run_dir", tmp_path / "run").status == 130

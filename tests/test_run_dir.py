@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Outcome
 from filelock import FileLock
 from runs import SMALL, at_micro_batch, differences, interrupt, summary
-
-from conftest import Outcome
 
 Call = Callable[..., Outcome]
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Outcome
 from runs import SMALL
 
-from conftest import Outcome
 from minigpt_pl import load_checkpoint
 from minigpt_pl.checkpoint import digest, read_checkpoint
 from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError
-from minigpt_pl.modules import ClassicLM, LanguageModel, ModernLM, check_sizes_fit
-from minigpt_pl.vetting import harmless
+from minigpt_pl.modules import MODELS, ClassicLM, LanguageModel, ModernLM
+from minigpt_pl.vetting import check_sizes_fit, harmless
 
 Call = Callable[..., Outcome]
 
@@ -65,11 +65,12 @@ def everyone(minigpt: Call, path: Path, new: Path) -> list[str]:
             assert outcome.err.count("\n") == 1
             assert len(outcome.err) < 600
             said.append(outcome.err)
-    classes = (ModernLM, LanguageModel, TextDataModule)
-    for load in (*(cls.load_from_checkpoint for cls in classes), load_checkpoint):
+    for load in (ModernLM.load_from_checkpoint, LanguageModel.load_from_checkpoint, load_checkpoint):
         with pytest.raises(InputError) as refusal:
             load(path)
         said.append(str(refusal.value))
+    with pytest.raises(InputError):
+        TextDataModule.load_from_checkpoint(path)
     assert not new.exists()
     return said
 
@@ -129,14 +130,18 @@ HOSTILE: dict[str, Any] = {
             "callbacks": [
                 {
                     "class_path": "lightning.pytorch.callbacks.LambdaCallback",
-                    "init_args": {"on_fit_start": {"class_path": "subprocess.Popen", "init_args": {"args": "touch MARK"}}},
+                    "init_args": {
+                        "on_fit_start": {"class_path": "subprocess.Popen", "init_args": {"args": "touch MARK"}}
+                    },
                 }
             ]
         }
     },
     "early stopping": {"early_stopping": {"class_path": "subprocess.Popen", "init_args": {"args": "touch MARK"}}},
     "data": {"data": {"class_path": "subprocess.Popen", "init_args": {"args": "touch MARK"}}},
-    "argument of the model": {"model": {"init_args": {"lr": {"class_path": "subprocess.Popen", "init_args": {"args": "x"}}}}},
+    "argument of the model": {
+        "model": {"init_args": {"lr": {"class_path": "subprocess.Popen", "init_args": {"args": "x"}}}}
+    },
     "model": {"model": {"class_path": "evil.ModernLM"}},
     "abstract model": {"model": {"class_path": "minigpt_pl.modules.LanguageModel"}},
     "no dict": {"model": "evil.yaml"},
@@ -170,8 +175,7 @@ def test_every_hostile_setting_is_refused_before_a_parser_sees_it(trained: Path)
         saved = copy.deepcopy(checkpoint)
         merge(saved["settings"], change)
         with pytest.raises(InputError):
-            saved["settings"] = harmless(saved["settings"], trained, [])
-            check_sizes_fit(saved)
+            check_sizes_fit(saved | {"settings": harmless(saved["settings"], trained, [])}, MODELS)
     assert harmless(checkpoint["settings"], trained, []) == checkpoint["settings"]
 
 

@@ -1,4 +1,4 @@
-"""Signals and sudden death, dealt to real processes: nothing is lost, nothing is half-made, and the rest is the same."""
+"""Signals and sudden death, dealt to real processes: nothing is lost, nothing half-made, and the rest the same."""
 
 import shutil
 import signal
@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Outcome
 from kills import PLACES, Landed, Process, draw, faults
 from runs import SMALL, differences
-
-from conftest import Outcome
 
 Call = Callable[..., Outcome]
 
@@ -23,7 +22,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[Any, ...],
     from minigpt_pl.__main__ import main
 
     home = tmp_path_factory.mktemp("expected")
-    (home / "text.txt").write_text("".join(f"line {i}: the sea comes in, the sea goes out.\n" for i in range(200)), "utf-8")
+    (home / "text.txt").write_text(
+        "".join(f"line {i}: the sea comes in, the sea goes out.\n" for i in range(200)), "utf-8"
+    )
     options = ("fit", *SMALL, "--data.path", home / "text.txt")
     assert main([str(word) for word in (*options, "--run_dir", home / "run")]) == 0
     return options, home / "run"

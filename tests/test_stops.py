@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import SMALL, at_micro_batch, differences, interrupt, summary
-
 from conftest import Outcome
+from runs import SMALL, at_micro_batch, differences, interrupt, summary
 
 Call = Callable[..., Outcome]
 
@@ -17,7 +16,9 @@ Call = Callable[..., Outcome]
 @pytest.fixture
 def fit(minigpt: Call, tmp_path: Path, text_file: Path) -> Call:
     """fit("name", options ...) starts a run in that directory."""
-    return lambda name, *options: minigpt("fit", *SMALL, "--data.path", text_file, "--run_dir", tmp_path / name, *options)
+    return lambda name, *options: minigpt(
+        "fit", *SMALL, "--data.path", text_file, "--run_dir", tmp_path / name, *options
+    )
 
 
 @pytest.fixture
@@ -91,7 +92,9 @@ def test_a_run_whose_time_was_up_goes_on_when_it_gets_more(fit: Call, go_on: Cal
     assert differences(tmp_path / "straight", tmp_path / "limited") == []
 
 
-def test_a_changed_learning_rate_and_decay_reach_the_restored_optimizer(go_on: Call, stopped: Any, tmp_path: Path) -> None:
+def test_a_changed_learning_rate_and_decay_reach_the_restored_optimizer(
+    go_on: Call, stopped: Any, tmp_path: Path
+) -> None:
     stopped("run", "--model.schedule", "constant", "--model.lr", 0.002)
     assert group(tmp_path / "run")["lr"] == 0.002
     said = go_on("run", "--model.lr", 0.0005, "--model.weight_decay", 0.3)
@@ -157,7 +160,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "run"
 
 
-def test_another_text_under_the_same_path_is_noticed(go_on: Call, stopped: Any, tmp_path: Path, text_file: Path) -> None:
+def test_another_text_under_the_same_path_is_noticed(
+    go_on: Call, stopped: Any, tmp_path: Path, text_file: Path
+) -> None:
     stopped("run")
     text_file.write_text(text_file.read_text("utf-8").replace("out", "tou"), "utf-8")
     refused = go_on("run")

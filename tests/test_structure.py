@@ -35,19 +35,20 @@ MAY_IMPORT = {
     # runs
     "checkpoint": "",
     "vetting": "",
-    "modules": "checkpoint generation models moe optim",
-    "callbacks": "generation randomness",
+    "modules": "checkpoint generation models moe optim vetting",
+    "callbacks": "randomness",
+    "samples": "callbacks generation text",
     "stopping": "callbacks",
     "saving": "callbacks checkpoint text",
     "summary": "callbacks stopping text",
     "loggers": "checkpoint",
     "run_dir": "checkpoint",
     # commands
-    "settings": "callbacks data generation loggers modules stopping",
+    "settings": "data generation loggers modules samples stopping",
     "mistakes": "modules settings",
     "helptext": "settings",
-    "cli": "callbacks checkpoint data generation helptext loggers mistakes modules run_dir saving settings stopping "
-    "summary vetting",
+    "cli": "callbacks checkpoint data generation helptext loggers mistakes modules run_dir samples saving settings "
+    "stopping summary vetting",
     "api": "checkpoint generation models modules tokenizer windows",
     "floors": "data",
     "export": "checkpoint layers models modules moe tokenizer",

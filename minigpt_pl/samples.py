@@ -1,0 +1,98 @@
+"""Text that a model writes: into samples.txt while it learns, onto stdout in `predict`.
+
+How tokens are chosen is in `generation`.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, final
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from minigpt_pl.callbacks import is_off_grid
+from minigpt_pl.errors import InputError
+from minigpt_pl.generation import Sampling, generate
+from minigpt_pl.text import write_atomically
+
+HEADING = "=== step "
+"""Before each sample in samples.txt, with the step."""
+
+
+@final
+class SampleText(Callback):
+    """Writes what the model has learned so far to samples.txt. `--samples null` does without.
+
+    Args:
+        every_n_checks: Checks between samples.
+        prompt: What the samples continue.
+        max_new_tokens: Their length.
+        temperature: As --sample.temperature of predict.
+    """
+
+    def __init__(self, every_n_checks: int, prompt: str = "\n", max_new_tokens: int = 200, temperature: float = 0.8):
+        if every_n_checks < 1:
+            raise InputError(f"samples.every_n_checks is {every_n_checks}: it must be at least 1")
+        self.every_n_checks, self.prompt = every_n_checks, prompt
+        self.sampling = Sampling(max_new_tokens, temperature)
+
+    def _path(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir, "samples.txt")
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        due = trainer.global_step // trainer.datamodule.eval_every % self.every_n_checks == 0
+        if trainer.is_global_zero and (due or trainer.global_step >= trainer.max_steps):
+            text = sample_text(trainer, pl_module, self.prompt, self.sampling)
+            with self._path(trainer).open("a", encoding="utf-8") as file:
+                file.write(f"{HEADING}{trainer.global_step}\n{text}\n")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = self._path(trainer)
+        if trainer.is_global_zero and path.exists():  # what a stopped run wrote after its checkpoint is written again
+            kept, keep, last = [], True, trainer.global_step - is_off_grid(trainer)
+            for line in path.read_text("utf-8").splitlines(keepends=True):
+                if line.startswith(HEADING):
+                    keep = int(line.removeprefix(HEADING)) <= last
+                kept += [line] if keep else []
+            write_atomically(path, "".join(kept).encode())
+
+
+def sample_text(trainer: Any, pl_module: Any, prompt: str, sampling: Sampling) -> str:
+    """A prompt and its continuation, by the model as it is; characters of the prompt that it lacks are left out."""
+    tokenizer = trainer.datamodule.tokenizer
+    known = "".join(c for c in prompt if c in set("".join(tokenizer.vocabulary)))
+    ids = tokenizer.encode(known or tokenizer.vocabulary[0]).tolist()
+    training = pl_module.net.training
+    pl_module.net.eval()
+    tokens = [token for (token,) in generate(pl_module.net, ids, sampling)]
+    pl_module.net.train(training)
+    return known + tokenizer.decode(tokens)
+
+
+class WriteText(Callback):
+    """predict: prompts and their continuations on stdout, as they are generated, and nothing else."""
+
+    def __init__(self) -> None:
+        self._first = True
+
+    def on_predict_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        tokenizer = trainer.datamodule.tokenizer
+        prompt = trainer.datamodule.prompts[batch_idx] or tokenizer.decode(batch)
+        finished: list[list[int]] = [[] for _ in range(pl_module.sampling.num_samples)]
+        self._begin(prompt)
+        for tokens in outputs:
+            sys.stdout.write(tokenizer.decode(tokens[:1]))
+            sys.stdout.flush()
+            for stream, token in zip(finished, tokens, strict=True):
+                stream.append(token)
+        for stream in finished[1:]:
+            sys.stdout.write("\n")
+            self._begin(prompt)
+            sys.stdout.write(tokenizer.decode(stream))
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+    def _begin(self, prompt: str) -> None:
+        sys.stdout.write(prompt if self._first else f"---\n{prompt}")
+        self._first = False
