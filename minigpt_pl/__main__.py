@@ -44,7 +44,7 @@ def main(args: list[str] | None = None) -> int:
         else:
             from difflib import get_close_matches
 
-            near = get_close_matches(command, COMMANDS, n=1, cutoff=0.7)
+            near = get_close_matches(command, COMMANDS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(COMMANDS)}"
             what = f"{command} is no command, which comes first" if command else "a command is missing"
             raise InputError(f"{what}: {hint}")

@@ -145,14 +145,20 @@ def reason(message: str) -> str:
 # After parsing: what no constructor sees.
 
 
-def refuse_impossible(settings: dict[str, Any]) -> None:
-    """Raises InputError for numbers that only the Trainer, or nobody, would look at."""
-    plain = plain_settings(settings)
+def refuse_impossible(settings: dict[str, Any], given: list[Given]) -> None:
+    """Raises InputError for numbers that no constructor looks at, and for options of another model."""
+    plain, model = plain_settings(settings), settings["model"]["class_path"].rpartition(".")[2]
+    for one in given:  # a file may hold another model's settings, an option is meant for this one
+        if not one.file and one.name.startswith("model.") and (problem := problem_of(one, "fit", model)):
+            raise InputError(f"{one}: {problem}")
 
     def check(name: str, good: bool, remedy: str) -> None:
         if not good:
             raise InputError(f"{name} is {plain[name]}: {remedy}")
 
+    for name, setting in catalogue("fit").items():
+        absent = plain.get(name, "") is None and GROUPS.get(name.partition(".")[0]) and not takes(setting.type, None)
+        check(name, not absent, wanted(setting.type, name) or "")
     check("seed_everything", 0 <= plain["seed_everything"] < 2**32, "it must be at least 0 and below 2^32")
     for name, value in plain.items():
         most = MOST_TOKENS if name == "data.bpe_vocab_size" else LARGEST
