@@ -15,7 +15,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import wandb
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
@@ -28,7 +27,7 @@ from minigpt_pl.checkpoint import SAVED_BEFORE, AtomicCheckpointIO, find_checkpo
 from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError, say
 from minigpt_pl.generation import Sampling
-from minigpt_pl.loggers import MetricsCSV, Wandb
+from minigpt_pl.loggers import MetricsCSV, Wandb, recording
 from minigpt_pl.modules import MODELS, LanguageModel
 from minigpt_pl.samples import SampleText, WriteText, sample_text
 from minigpt_pl.saving import BestCheckpoint, LastCheckpoint, SaveSettings
@@ -268,6 +267,8 @@ class MiniGPTCLI(LightningCLI):
 
     def prepare(self) -> None:
         init = self.config_init[self.command]
+        if self.command != "predict":
+            self.datamodule.read()  # a text that cannot be used is told before anything is said of it
         if self.fits:
             init.ckpt_path = str(self.ckpt_path) if self.saved else None
             return
@@ -279,7 +280,7 @@ class MiniGPTCLI(LightningCLI):
             self.datamodule.prompts = prompts(init.sample.prompt, init.sample.prompt_file)
             for number, prompt in enumerate(self.datamodule.prompts, 1):
                 try:
-                    length = len(self.datamodule.tokenizer.encode(prompt))
+                    length = len(self.datamodule.tokenizer.encode_prompt(prompt))
                 except InputError as error:
                     where = (
                         f"_file {init.sample.prompt_file} line {number}" if init.sample.prompt_file else f" {prompt}"
@@ -294,7 +295,10 @@ class MiniGPTCLI(LightningCLI):
 
     def fit(self, model: LanguageModel, **kwargs: Any) -> None:
         trainer, init = self.trainer, self.config_init["fit"]
-        with run_dir.claimed(self.run_dir, self.goes_on):
+        with (
+            run_dir.claimed(self.run_dir, self.goes_on),
+            recording(init.wandb, trainer, self.run_dir, self.wandb_id, self.settings) as others,
+        ):
             signals.before_leaving.append(self.end_other_processes)
             try:
                 step = self.saved["global_step"] if self.goes_on else 0
@@ -305,9 +309,7 @@ class MiniGPTCLI(LightningCLI):
                     and self.goes_on
                     and bool(self.saved["callbacks"]["RunSummary"]["off_grid"])
                 )
-                trainer.loggers = [MetricsCSV(self.run_dir / "metrics.csv", step, drop_check=grown)]
-                if init.wandb is not None:
-                    trainer.loggers += [init.wandb.logger(self.run_dir, self.wandb_id, self.settings)]
+                trainer.loggers = [MetricsCSV(self.run_dir / "metrics.csv", step, drop_check=grown), *others]
                 if said := self.datamodule.thinned("val"):
                     say(said)
                 trainer.fit(model, datamodule=self.datamodule, ckpt_path=init.ckpt_path)
@@ -319,8 +321,6 @@ class MiniGPTCLI(LightningCLI):
                         f"{error.filename or self.run_dir} could not be written ({error.strerror}): {SAVED_BEFORE}"
                     ) from error
                 raise
-            finally:
-                wandb.finish()
 
     def end_other_processes(self) -> None:
         """Ends those that train on other devices: they would wait for this one for ever."""
@@ -335,7 +335,7 @@ class MiniGPTCLI(LightningCLI):
             steps * self.trainer.accumulate_grad_batches,
             checked=steps % self.config_init["fit"].data.eval_every == 0,
         )
-        kept = {callback.state_key for callback in self.trainer.callbacks}
+        kept = {callback.state_key for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         if not self.goes_on:  # a branch counts its own checks; what it has learned from is its parent's
             kept = {TrainFigures().state_key}
         callbacks = {key: state for key, state in self.saved["callbacks"].items() if key in kept}
@@ -382,7 +382,7 @@ def prompts(prompt: str, file: str) -> list[str]:
     if prompt:
         raise InputError("sample.prompt and sample.prompt_file are both given: give one")
     try:
-        lines = Path(file).read_text("utf-8").split("\n")
+        lines = Path(file).read_text("utf-8-sig").split("\n")
     except OSError as error:
         raise InputError(f"sample.prompt_file {file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

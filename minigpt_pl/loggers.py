@@ -1,22 +1,32 @@
 """Where figures go: metrics.csv, which a resumed run goes on with, and Weights & Biases, offline unless told otherwise.
 
-What is logged, and when, is in `callbacks`.
+What is counted, and when, is in `callbacks`; only what W&B alone shows is put together here. docs/wandb.md has its panels.
 """
 
 import csv
+import json
 import os
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import wandb
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from minigpt_pl.checkpoint import TEMPORARY
+from minigpt_pl.checkpoint import BEST, TEMPORARY
+from minigpt_pl.errors import InputError
+from minigpt_pl.floors import floors
+from minigpt_pl.summary import SUMMARY, git_commit
 
 FIRST = ["step", "part"]
+STEP = "trainer/global_step"  # W&B's x axis, in completed steps
+LONGEST_FOR_FLOORS = 2_000_000  # characters: more would hold up the first check for many seconds
 
 
 class MetricsCSV(Logger):
@@ -55,7 +65,9 @@ class MetricsCSV(Logger):
                 self.columns = list(reader.fieldnames or FIRST)
                 kept = ((step, "train"), (step, "" if drop_check else "val"))
                 for row in reader:
-                    if (row["step"] or "").isdigit() and (int(row["step"]) < step or (int(row["step"]), row["part"]) in kept):
+                    if (row["step"] or "").isdigit() and (
+                        int(row["step"]) < step or (int(row["step"]), row["part"]) in kept
+                    ):
                         self.rows.append(row)
         self._rewrite()
 
@@ -91,6 +103,7 @@ class Wandb:
         group: Runs that belong together, such as the seeds of one configuration.
         job_type: What kind of run it is within its group.
         tags: To find it by.
+        log_best: Store best.ckpt as an artifact when the run ends.
     """
 
     offline: bool = True
@@ -99,18 +112,149 @@ class Wandb:
     group: str | None = None
     job_type: str | None = None
     tags: list[str] | None = None
+    log_best: bool = False
 
     def logger(self, run_dir: Path, run_id: str, settings: dict[str, Any]) -> WandbLogger:
-        """A logger for the run of this id; nothing is written before it is first used.
+        """A logger whose run has begun.
 
         Args:
             run_dir: Its files go to `wandb/` in there.
             run_id: The same after a resume.
             settings: The whole resolved configuration.
+
+        Raises:
+            InputError: If W&B refuses.
         """
+        import wandb  # takes a while, and validate and predict have no use for it
+
         options = asdict(self) | {"name": self.name or run_dir.name}
-        options["mode"] = "offline" if options.pop("offline") else "online"  # Lightning's offline=True leaks into os.environ
+        del options["log_best"]
+        options["mode"] = (
+            "offline" if options.pop("offline") else "online"
+        )  # Lightning's offline=True leaks into os.environ
         quiet = wandb.Settings(silent=True, console="off")
         logger = WandbLogger(save_dir=str(run_dir), id=run_id, config=settings, settings=quiet, **options)
         del logger._wandb_init["anonymous"]  # wandb warns of it
+        try:
+            if not self.offline and not wandb.login(prompt=False):
+                raise InputError("--wandb.offline false: W&B knows no key here; run wandb login, or leave it out")
+            _ = logger.experiment
+        except wandb.Error as error:
+            raise InputError(
+                f"--wandb: W&B refuses: {str(error).rstrip('.')}; mend that, or give --wandb null"
+            ) from error
         return logger
+
+
+@contextmanager
+def recording(
+    said: Wandb | None, trainer: Trainer, run_dir: Path, run_id: str, settings: dict[str, Any]
+) -> Iterator[list[Logger]]:
+    """W&B for the length of a run, as a list of at most one logger; nothing of it reaches the next run.
+
+    Args:
+        said: How; None is not at all.
+        trainer: Of the run; it gets a callback.
+        run_dir: The run's directory.
+        run_id: The same after a resume.
+        settings: The whole resolved configuration.
+    """
+    if said is None or not trainer.is_global_zero:
+        yield []
+        return
+    before = dict(os.environ)
+    os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").resolve()))  # copies of tables, else in the home
+    if said.offline:
+        os.environ["WANDB_ERROR_REPORTING"] = "false"  # it would look for its server even so
+    logger, failed = None, True
+    try:
+        logger = said.logger(run_dir, run_id, settings)
+        trainer.callbacks.append(Panels(logger))  # type: ignore[attr-defined]
+        yield [logger]
+        failed = False
+    finally:
+        if logger is not None:
+            close(logger.experiment, run_dir, trainer.global_step, said.log_best)
+            logger.experiment.finish(exit_code=int(failed))
+        for name in os.environ.keys() - before.keys():
+            if name.startswith("WANDB_"):
+                del os.environ[name]
+        os.environ.update({name: value for name, value in before.items() if name.startswith("WANDB_")})
+
+
+def close(run: Any, run_dir: Path, steps: int, log_best: bool) -> None:
+    """Hands W&B the run's own summary, and its best checkpoint if asked."""
+    path, best = run_dir / SUMMARY, run_dir / BEST
+    summary = json.loads(path.read_text("utf-8")) if path.exists() else {"total_steps": None}
+    if summary["total_steps"] == steps:  # else it is of an earlier start
+        run.summary.update({name: value for name, value in summary.items() if name != "config"})
+    if log_best and best.exists():
+        run.log_artifact(str(best), name=f"best-{run.id}", type="model", aliases=["best"])
+
+
+class Panels(Callback):
+    """What W&B alone shows: what was trained on what, memory, floors, and a table of samples that grows."""
+
+    def __init__(self, logger: WandbLogger):
+        self.logger = logger
+        self._floors: dict[str, float] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        run, data, net = self.logger.experiment, trainer.datamodule, pl_module.net  # type: ignore[attr-defined]
+        for name in ("val/loss", "val/nats_per_char", "val/bits_per_byte", "val/perplexity"):
+            run.define_metric(name, step_metric=STEP, summary="min")
+        run.summary.update(
+            {
+                "git_commit": git_commit(),
+                "data_sha256": data.text_info.sha256,
+                "tokenizer_sha256": data.tokenizer.sha256,
+                "params_total": net.params_total(),
+                "params_active": net.params_active(),
+                "run_dir": str(Path(trainer.default_root_dir).resolve()),
+            }
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if whole and trainer.global_step % trainer.log_every_n_steps == 0:
+            if used := memory_gib(pl_module.device.type):
+                self.logger.log_metrics({"perf/memory_gib": used}, trainer.global_step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        import wandb
+
+        shown: dict[str, Any] = dict(self.floors_of(trainer.datamodule))  # type: ignore[attr-defined]
+        if rows := samples(Path(trainer.default_root_dir, "samples.txt")):
+            # All rows each time, in a new table: one that is logged twice shows its first rows only.
+            shown["samples"] = wandb.Table(columns=["step", "text"], data=rows, log_mode="MUTABLE")
+        self.logger.log_metrics(shown, trainer.global_step)
+
+    def floors_of(self, data: Any) -> dict[str, float]:
+        """Flat lines to draw beside val/nats_per_char; none for a long text."""
+        if self._floors is None:
+            small = data.text_info.characters <= LONGEST_FOR_FLOORS
+            found = floors(str(data.found_path()), data.train_frac, data.test_frac) if small else {}
+            self._floors = {f"floor/{name}": figures["nats_per_char"] for name, figures in found.items()}
+        return self._floors
+
+
+def samples(path: Path) -> list[list[Any]]:
+    """Step and text of each sample in samples.txt, also of those before a resume."""
+    parts = re.split(r"^=== step (\d+)\n", path.read_text("utf-8"), flags=re.MULTILINE)[1:] if path.exists() else []
+    return [[int(step), text.removesuffix("\n")] for step, text in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def memory_gib(device: str) -> float | None:
+    """Memory that the run has needed so far: on the device, or of the process; None where nobody knows."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    if device == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows has no resource
+        return None
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return kilobytes / 2**20

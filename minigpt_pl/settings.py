@@ -127,8 +127,8 @@ def catalogue(command: str) -> dict[str, Setting]:
     }
     for group, classes in (groups | {"trainer": (Trainer,)}).items():
         for cls in classes:
-            hints, parameters = get_type_hints(cls.__init__), inspect.signature(cls).parameters
-            documented = docstring_parser.parse((cls.__init__ if cls is Trainer else cls).__doc__ or "")  # type: ignore[misc]
+            hints, parameters = get_type_hints(cls.__init__), inspect.signature(cls).parameters  # type: ignore[misc]
+            documented = docstring_parser.parse((cls.__init__ if cls is Trainer else cls).__doc__ or "")
             texts = {argument.arg_name: argument.description or "" for argument in documented.params}
             texts = {**WORDS, **texts, **WORDS} if cls is Trainer else texts
             for name in (name for name in texts if name in parameters and f"{group}.{name}" not in FOLLOWS):
@@ -202,6 +202,8 @@ def in_braces(given: Given) -> list[Given]:
 
 def in_file(file: str, group: str) -> Iterator[Given]:
     """The settings of a YAML file, or of one that holds a group of them."""
+    if not Path(file).is_file():  # a directory, or a pipe, which cannot be read twice
+        raise InputError(f"-c {file} is no file: name a YAML file")
     try:
         content = yaml.safe_load(Path(file).read_text("utf-8"))
     except OSError as error:
