@@ -94,9 +94,9 @@ def generate(model: GPT, prompt: Sequence[int], sampling: Sampling, use_cache: b
     window = [torch.tensor(prompt[-model.block_size :], device=device).expand(streams, -1)]  # (S, T) in pieces
     size = window[0].size(1)
     cache, unread = (model.new_cache() if use_cache else None), window[0]
-    for draw in draws:
+    for i in range(sampling.max_new_tokens):
         logits, _ = model(unread, cache)
-        tokens = choose(logits[:, -1], draw, sampling)
+        tokens = choose(logits[:, -1], draws[i], sampling)
         yield tokens.tolist()
         unread, size = tokens.unsqueeze(-1), size + 1
         window.append(unread)
