@@ -13,6 +13,8 @@ from conftest import Outcome
 from kills import PLACES, Landed, Process, draw, faults
 from runs import SMALL, differences
 
+from minigpt_pl.windows import FromStep
+
 Call = Callable[..., Outcome]
 
 
@@ -110,3 +112,27 @@ def test_no_signal_anywhere_costs_a_run(
         assert number < 200, struck
     with capfd.disabled():
         print(struck)
+
+
+@pytest.mark.slow
+def test_the_harness_finds_a_checkpoint_written_in_place(expected: Any, tmp_path: Path) -> None:
+    """With a plain write in place of the atomic one, SIGKILL in it leaves a broken last.ckpt."""
+    process = Process(expected[0], tmp_path / "run", FAULT="torn")
+    process.wait_for("write", 4)
+    landed = process.send("SIGKILL")
+    assert landed.place == "write"
+    (fault,) = faults(landed, tmp_path / "run")
+    assert "last.ckpt is not a whole checkpoint (1 bytes)" in fault
+
+
+@pytest.mark.slow
+def test_the_harness_finds_a_resume_that_skips_a_batch(
+    minigpt: Call, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, straight = expected
+    process = Process(options, tmp_path / "run")
+    process.wait_for("step", 6)
+    assert faults(process.send("SIGTERM"), tmp_path / "run") == []
+    monkeypatch.setattr(FromStep, "__iter__", lambda self: iter(range(self.start + (self.start > 0), self.stop + 1)))
+    go_on(minigpt, options, tmp_path / "run")
+    assert any(line.startswith("last/state_dict") for line in same(straight, tmp_path / "run"))
