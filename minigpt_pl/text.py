@@ -22,7 +22,7 @@ from minigpt_pl.errors import InputError, is_first_process
 PIECE = 1 << 20
 """Bytes that are read at a time."""
 LARGE = 50_000_000
-"""Bytes of a file above which a bar shows how far its reading is."""
+"""Bytes above which reading a file shows a bar, and its tokens do not stay in memory."""
 
 
 @dataclass(frozen=True)

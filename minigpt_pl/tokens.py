@@ -6,6 +6,7 @@ What a token is is in `tokenizer`, where parts end in `data`.
 import hashlib
 import io
 import json
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -19,7 +20,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from minigpt_pl.errors import InputError, say
-from minigpt_pl.text import TextInfo, split, write_atomically
+from minigpt_pl.text import LARGE, TextInfo, split, write_atomically
 from minigpt_pl.tokenizer import LONGEST, BPETokenizer, Tokenizer, load
 
 PARTS = ("train", "val", "test")
@@ -30,29 +31,32 @@ HEAD = len(PARTS) * np.dtype(np.int64).itemsize
 
 
 class MappedTokens:
-    """Token ids in a file. Each process maps it for itself: pickling a np.memmap would copy all of it."""
+    """Token ids in a file. Each process maps it for itself: pickling a np.memmap would copy all of it.
+
+    Args:
+        path: The file.
+        dtype: Of a token id.
+        offset: Where in the file they begin, in bytes.
+        length: How many they are.
+    """
 
     def __init__(self, path: Path, dtype: np.dtype[Any], offset: int, length: int):
-        self.path, self.dtype, self.offset, self.length = path, dtype, offset, length
-        self.ids = self._mapped()
+        self._place = path, dtype, offset, length
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.ids = np.frombuffer(self._map, dtype, length, offset)
 
-    def _mapped(self) -> NDArray[Any]:
-        if self.length == 0:  # there may be nothing to map
-            return np.empty(0, self.dtype)
-        return np.memmap(self.path, self.dtype, "r", self.offset, (self.length,)).view(np.ndarray)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MappedTokens, self._place
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.ids)
 
     def __getitem__(self, places: NDArray[np.int64]) -> NDArray[Any]:
-        return self.ids[places]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "ids"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.ids = self._mapped()
+        found = self.ids[places]
+        if self.ids.nbytes > LARGE and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)  # else all of a large file becomes resident, window by window
+        return found
 
 
 Ids = NDArray[Any] | MappedTokens
