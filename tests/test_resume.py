@@ -1,12 +1,13 @@
 """A run that was stopped and continued ends bit-equal to the run that never stopped."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Outcome
+from conftest import PROJECT, Outcome
 from runs import SMALL, at_check, at_micro_batch, before_summary, differences, interrupt, snapshot, summary
 
 Call = Callable[..., Outcome]
@@ -148,3 +149,16 @@ def test_a_run_is_the_same_when_figures_and_saves_fall_elsewhere(minigpt: Call, 
     minigpt(*options, *changed, "--samples.every_n_checks", 1, "--run_dir", tmp_path / "run")
     weights = [line for line in differences(expected, tmp_path / "run") if line.startswith(("last/state", "last/opt"))]
     assert weights == []
+
+
+def test_each_row_of_the_page_is_a_test() -> None:
+    """docs/resume.md says what survives what, and which test shows it."""
+    page = (PROJECT / "docs" / "resume.md").read_text("utf-8")
+    table = page.partition("## What survives what")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 30
+    for row in rows:
+        named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", row)
+        assert named, row
+        for file, test in named:
+            assert f"def {test}(" in (PROJECT / "tests" / f"{file}.py").read_text("utf-8"), test

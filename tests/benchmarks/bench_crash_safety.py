@@ -1,0 +1,49 @@
+"""What it costs that no run can be lost: last.ckpt, digests, synced and renamed files, the look-out for signals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from measuring import Report
+
+from minigpt_pl.__main__ import main
+from minigpt_pl.callbacks import SeedSteps
+from minigpt_pl.checkpoint import AtomicCheckpointIO
+from minigpt_pl.cli import MiniGPTCLI
+from minigpt_pl.saving import LastCheckpoint
+from minigpt_pl.stopping import StopTraining
+
+pytestmark = pytest.mark.bench
+STEPS = 200  # saves and checks are as dense in them as in the whole default run
+
+
+def plain_save(self: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    torch.save(checkpoint, path)
+
+
+def seconds(run_dir: Path) -> float:
+    """The fit loop of the default configuration with its checks, as long as STEPS."""
+    words = ["fit", "--run_dir", str(run_dir), "--trainer.max_steps", str(STEPS), "--trainer.accelerator", "cpu"]
+    assert main([*words, "--wandb", "null", "--samples", "null"]) == 0
+    return json.loads((run_dir / "summary.json").read_text())["wall_seconds"]
+
+
+def test_crash_safety(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off: best.ckpt is a plain torch.save, last.ckpt is never written, no signal is looked for, no step is seeded."""
+    found: dict[str, list[float]] = {"on": [], "off": []}
+    for turn in range(6):
+        order = ("on", "off") if turn % 2 else ("off", "on")
+        for name in order:
+            with monkeypatch.context() as patch:
+                patch.setattr(MiniGPTCLI, "close", lambda self: None)  # it reads best.ckpt with its digest
+                if name == "off":
+                    patch.setattr(LastCheckpoint, "_save", lambda self, trainer: None)
+                    patch.setattr(AtomicCheckpointIO, "save_checkpoint", plain_save)
+                    patch.setattr(StopTraining, "_look", lambda self, trainer, pl_module: None)
+                    patch.setattr(SeedSteps, "on_train_batch_start", lambda *_: None)
+                found[name].append(seconds(tmp_path / f"{name}-{turn}"))
+    slower = sorted(on / off - 1 for on, off in zip(found["on"], found["off"], strict=True))
+    note = f"slower by {slower[len(slower) // 2]:+.2%} [{slower[0]:+.2%} ... {slower[-1]:+.2%}]"
+    report.add(f"{STEPS} steps of the default configuration with their checks", "s", found, note)
