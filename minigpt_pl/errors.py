@@ -32,8 +32,8 @@ class Diverged(RuntimeError):
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that the user started, and not one that it started for another device."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    """Whether this is the process that the user started, or the first of those that torchrun or SLURM started."""
+    return not any(int(os.environ.get(name) or 0) for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK"))
 
 
 def say(message: str) -> None:

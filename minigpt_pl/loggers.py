@@ -1,6 +1,6 @@
 """Where figures go: metrics.csv, which a resumed run goes on with, and Weights & Biases, offline unless told otherwise.
 
-What is counted, and when, is in `callbacks`; only what W&B alone shows is put together here. docs/wandb.md has its panels.
+What is counted, and when, is in `callbacks`; only what W&B alone shows is put together here.
 """
 
 import csv
@@ -129,9 +129,8 @@ class Wandb:
 
         options = asdict(self) | {"name": self.name or run_dir.name}
         del options["log_best"]
-        options["mode"] = (
-            "offline" if options.pop("offline") else "online"
-        )  # Lightning's offline=True leaks into os.environ
+        # Lightning's own offline=True leaks into os.environ.
+        options["mode"] = "offline" if options.pop("offline") else "online"
         quiet = wandb.Settings(silent=True, console="off")
         logger = WandbLogger(save_dir=str(run_dir), id=run_id, config=settings, settings=quiet, **options)
         del logger._wandb_init["anonymous"]  # wandb warns of it
@@ -166,16 +165,18 @@ def recording(
     os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").resolve()))  # copies of tables, else in the home
     if said.offline:
         os.environ["WANDB_ERROR_REPORTING"] = "false"  # it would look for its server even so
-    logger, failed = None, True
+    run: Any = None
+    failed = True
     try:
         logger = said.logger(run_dir, run_id, settings)
+        run = logger.experiment
         trainer.callbacks.append(Panels(logger))  # type: ignore[attr-defined]
         yield [logger]
         failed = False
     finally:
-        if logger is not None:
-            close(logger.experiment, run_dir, trainer.global_step, said.log_best)
-            logger.experiment.finish(exit_code=int(failed))
+        if run is not None:
+            close(run, run_dir, trainer.global_step, said.log_best)
+            run.finish(exit_code=int(failed))
         for name in os.environ.keys() - before.keys():
             if name.startswith("WANDB_"):
                 del os.environ[name]
@@ -199,8 +200,9 @@ class Panels(Callback):
         self.logger = logger
         self._floors: dict[str, float] | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        run, data, net = self.logger.experiment, trainer.datamodule, pl_module.net  # type: ignore[attr-defined]
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        run: Any = self.logger.experiment
+        data, net = trainer.datamodule, pl_module.net
         for name in ("val/loss", "val/nats_per_char", "val/bits_per_byte", "val/perplexity"):
             run.define_metric(name, step_metric=STEP, summary="min")
         run.summary.update(
@@ -214,18 +216,12 @@ class Panels(Callback):
             }
         )
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if whole and trainer.global_step % trainer.log_every_n_steps == 0:
-            if used := memory_gib(pl_module.device.type):
-                self.logger.log_metrics({"perf/memory_gib": used}, trainer.global_step)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
         import wandb
 
-        shown: dict[str, Any] = dict(self.floors_of(trainer.datamodule))  # type: ignore[attr-defined]
+        shown: dict[str, Any] = dict(self.floors_of(trainer.datamodule))
+        if used := memory_gib(pl_module.device.type):
+            shown["perf/memory_gib"] = used
         if rows := samples(Path(trainer.default_root_dir, "samples.txt")):
             # All rows each time, in a new table: one that is logged twice shows its first rows only.
             shown["samples"] = wandb.Table(columns=["step", "text"], data=rows, log_mode="MUTABLE")

@@ -31,7 +31,8 @@ def choose(said: str, checkpoint: Path | None, model: str) -> tuple[Path, bool]:
     Raises:
         InputError: If the directory holds another run, or a branch has no directory of its own.
     """
-    if not is_first_process():  # the clock has moved on, and the directory may hold a run by now
+    first = is_first_process()
+    if not first and "MINIGPT_RUN_DIR" in os.environ:  # the clock has moved on, and the directory may hold a run by now
         return Path(os.environ["MINIGPT_RUN_DIR"]), os.environ["MINIGPT_GOES_ON"] == "1"
     goes_on = checkpoint is not None and checkpoint.name == LAST
     if goes_on and said and checkpoint:
@@ -43,6 +44,10 @@ def choose(said: str, checkpoint: Path | None, model: str) -> tuple[Path, bool]:
         )
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{model}"
     run_dir = checkpoint.parent if goes_on and checkpoint else Path(said).expanduser() if said else Path("runs", name)
+    if not first and not (said or goes_on):  # no process is the parent of this one: they cannot agree on a time
+        raise InputError("several processes were started, each with its own clock: give --run_dir")
+    if not first:
+        return run_dir, goes_on
     refuse_other_run(run_dir, goes_on)
     os.environ["MINIGPT_RUN_DIR"], os.environ["MINIGPT_GOES_ON"] = str(run_dir), str(int(goes_on))
     return run_dir, goes_on

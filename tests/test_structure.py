@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "stopping": "callbacks",
     "saving": "callbacks checkpoint text",
     "summary": "callbacks stopping text",
-    "loggers": "checkpoint",
+    "loggers": "checkpoint floors summary",
     "run_dir": "checkpoint",
     # commands
     "settings": "data generation loggers modules samples stopping",

@@ -1,0 +1,217 @@
+"""The pages in docs/ keep their word: commands run, or at least parse; links lead somewhere; no option is missing.
+
+`python tests/test_docs.py` writes docs/configuration.md anew.
+"""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import PROJECT, Outcome
+
+from minigpt_pl.errors import InputError, is_first_process
+from minigpt_pl.helptext import KINDS, kind
+from minigpt_pl.run_dir import choose
+from minigpt_pl.settings import CONFIGS, Setting, catalogue, leaves, plain_name
+
+PAGES = sorted(PROJECT.glob("docs/*.md"))
+CONFIGURATION = PROJECT / "docs" / "configuration.md"
+COMMANDS = ("fit", "validate", "test", "predict")
+OTHERS = {  # programs that are not ours; each line of theirs is looked at by hand, or by a test of its own
+    "wandb": {"login", "sync", "sweep", "agent"},
+    "torchrun": {"--nproc-per-node", "--nnodes"},
+    "srun": {"python"},
+    "sbatch": {"train.sh"},
+    "pip": {"install"},
+}
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of the bash blocks of a page, those that end in a backslash joined."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    joined = "\n".join(blocks).replace("\\\n", " ")
+    return [line.strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")]
+
+
+EVERY = [(page, command) for page in PAGES for command in commands(page)]
+
+
+def of_minigpt(command: str) -> list[str]:
+    """The words for `minigpt` in a command, with which others may stand before and after them; [] if there are none."""
+    words = shlex.split(command, comments=True)
+    if words and words[0] == "minigpt":
+        return words[1:]
+    return words[words.index("main.py") + 1 :] if "main.py" in words else []
+
+
+def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a command line read up to where the first thing would be built.
+
+    Raises:
+        InputError: If it would be refused.
+    """
+    from minigpt_pl.cli import MiniGPTCLI
+
+    class Parsed(Exception):
+        pass
+
+    def stop(self: MiniGPTCLI) -> None:
+        raise Parsed
+
+    monkeypatch.setattr(MiniGPTCLI, "instantiate_classes", stop)
+    with pytest.raises(Parsed):
+        MiniGPTCLI(words[0], words[1:])
+
+
+@pytest.mark.parametrize(("page", "command"), EVERY, ids=[f"{page.stem}: {command}" for page, command in EVERY])
+def test_a_command_parses(page: Path, command: str, monkeypatch: pytest.MonkeyPatch, trained: Path) -> None:
+    monkeypatch.chdir(trained)
+    words = of_minigpt(command)
+    if words and words[0] in COMMANDS:
+        words = [str(trained / "run" / Path(word).name) if word.endswith(".ckpt") else word for word in words]
+        if "--ckpt_path" in words and "--run_dir" in words:
+            words[words.index("--run_dir") + 1] = str(trained / "run")
+        parsed(words, monkeypatch)
+    elif not words:
+        first, *rest = shlex.split(command)
+        if (first, *rest[:2]) == ("python", "-m", "pytest"):
+            rest = [word for word in rest if word.startswith("tests/")]
+            assert all((PROJECT / word).exists() for word in rest)
+        elif first == "python":
+            assert (PROJECT / rest[0]).is_file(), command
+        else:
+            assert any(word.split("=")[0] in OTHERS[first] for word in rest), command
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run in it, and a text."""
+    from minigpt_pl.__main__ import main
+
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "my.txt").write_text("the sea comes in, the sea goes out.\n" * 200, "utf-8")
+    words = (
+        "-c",
+        "smoke",
+        "--wandb",
+        "null",
+        "--samples",
+        "null",
+        "--trainer.max_steps",
+        "4",
+        "--data.eval_every",
+        "4",
+    )
+    assert main(["fit", *words, "--data.path", str(folder / "my.txt"), "--run_dir", str(folder / "run")]) == 0
+    return folder
+
+
+def test_export_and_floors_run(minigpt: Callable[..., Outcome], trained: Path, tmp_path: Path) -> None:
+    """Those of the commands that build nothing of the command line's own."""
+    for _, command in EVERY:
+        words = of_minigpt(command)
+        if not words or words[0] in (*COMMANDS, "doctor"):
+            continue
+        if words[0] == "export":
+            words[words.index("--ckpt_path") + 1] = str(trained / "run" / "best.ckpt")
+            words[words.index("--out") + 1] = str(tmp_path / f"out{len(list(tmp_path.iterdir()))}")
+        elif "--data.path" in words:
+            words[words.index("--data.path") + 1] = str(trained / "my.txt")
+        done = minigpt(*words)
+        assert done.status == 0, f"{command}: {done.err}"
+
+
+def test_the_sweep_calls_our_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its command as the agent would fill it in: --NAME=VALUE for each parameter."""
+    sweep = yaml.safe_load((PROJECT / "docs" / "wandb-sweep.yaml").read_text("utf-8"))
+    arguments = [f"--{name}={found['values'][0]}" for name, found in sweep["parameters"].items()]
+    filled = {"${env}": [], "${interpreter}": ["python"], "${args}": arguments}
+    words = [word for part in sweep["command"] for word in filled.get(part, [part])]
+    assert words[:2] == ["python", "main.py"]
+    parsed(words[2:], monkeypatch)
+    with pytest.raises(InputError):
+        parsed([*words[2:], "--model.lrr=1"], monkeypatch)
+    from minigpt_pl.summary import RunSummary
+
+    assert sweep["metric"]["name"] in RunSummary({}, None, None).best
+
+
+@pytest.mark.parametrize("page", [*PAGES, PROJECT / "README.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_tests_that_a_page_names_exist() -> None:
+    sources = {path.name: path.read_text("utf-8") for path in PROJECT.glob("tests/*.py")}
+    for page in PAGES:
+        for name in re.findall(r"`(test_\w+)`", page.read_text("utf-8")):
+            assert any(f"def {name}(" in source for source in sources.values()), f"{page.name}: {name}"
+        for file in re.findall(r"`tests/(\w+\.py)`", page.read_text("utf-8")):
+            assert file in sources, f"{page.name}: {file}"
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK"])
+def test_of_processes_started_side_by_side_one_is_the_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun, SLURM and Lightning on a second node each say in their own variable which process this is."""
+    for other in ("LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK", "MINIGPT_RUN_DIR", "MINIGPT_GOES_ON"):
+        monkeypatch.delenv(other, raising=False)
+    assert is_first_process()
+    monkeypatch.setenv(name, "1")
+    assert not is_first_process()
+    assert choose("runs/x", None, "ModernLM") == (Path("runs/x"), False)
+    with pytest.raises(InputError, match="give --run_dir"):
+        choose("", None, "ModernLM")
+
+
+HEAD = """# Every option
+
+An option stands on the command line with two dashes, or in a file for `-c` with its dots as levels; both count in
+their order, the last one wins. Weaker are the checkpoint, then `configs/default.yaml`, then the code. Defaults are
+those of a `fit` without files; a dash means that there is none, or that it follows from something else. `--run_dir`,
+`--ckpt_path`, `--config` and `--print_config` are for the command line only. Options of `--trainer` that are not
+here are decided by this project, and the command line says what to use instead.
+
+Written by `python tests/test_docs.py` from the parser.
+
+| option | value | default | commands | what it does |
+|---|---|---|---|---|
+"""
+
+
+def configuration() -> str:
+    """docs/configuration.md, from what the parser knows."""
+    defaults: dict[str, Any] = {
+        plain_name(name): value for name, value in leaves(yaml.safe_load((CONFIGS / "default.yaml").read_text("utf-8")))
+    }
+    known: dict[str, tuple[Setting, list[str]]] = {}
+    for command in COMMANDS:
+        for name, setting in catalogue(command).items():
+            known.setdefault(name, (setting, []))[1].append(command)
+    lines = HEAD.splitlines()
+    for name, (setting, where) in known.items():
+        default = defaults.get(name, setting.default)
+        shown = "-" if default is Setting._field_defaults["default"] or default in ("", None) else f"`{plain(default)}`"
+        value = (KINDS.get(name) if name in KINDS else kind(setting.type)) or "-"
+        text = f"{setting.only}: {setting.help}" if setting.only else setting.help
+        commands_ = "all" if len(where) == len(COMMANDS) else ", ".join(where)
+        cells = [f"`--{name}`", value, shown, commands_, text]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value).replace("\n", "\\n")
+
+
+def test_the_table_of_options_is_that_of_the_parser() -> None:
+    assert CONFIGURATION.read_text("utf-8") == configuration(), "run python tests/test_docs.py"
+
+
+if __name__ == "__main__":
+    CONFIGURATION.write_text(configuration(), "utf-8")
