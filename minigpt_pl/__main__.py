@@ -40,7 +40,9 @@ def main(args: list[str] | None = None) -> int:
         if command in ("-h", "--help"):
             print(HELP)
         elif command in COMMANDS:
-            return import_module(COMMANDS[command][0]).run(command, options) or 0
+            status: int = import_module(COMMANDS[command][0]).run(command, options) or 0
+            sys.stdout.flush()  # here a reader that has gone is no error
+            return status
         else:
             from difflib import get_close_matches
 

@@ -7,6 +7,7 @@ written is in `loggers`.
 import math
 import sys
 import time
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -220,7 +221,8 @@ class Bar(TQDMProgressBar):
         self.print(line)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        if self.train_progress_bar.disable:
-            print(*args, flush=True)
-        else:
-            super().print(*args, **kwargs)
+        with suppress(OSError):  # a run outlives whoever reads what it prints
+            if self.train_progress_bar.disable:
+                print(*args, flush=True)
+            else:
+                super().print(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do: leave at once, or, while a run trains, be noted until the step is whole.
+"""Ctrl-C, SIGTERM, a closed terminal: leave at once, or, while a run trains, note it until the step is whole.
 
 Nothing heavy is imported here: the handlers stand before torch is loaded. Who stops a run is in `stopping`.
 """
@@ -6,11 +6,13 @@ Nothing heavy is imported here: the handlers stand before torch is loaded. Who s
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 from minigpt_pl.errors import is_first_process
 
-STOPS = (signal.SIGINT, signal.SIGTERM)
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+STOPS = [signal.SIGINT, signal.SIGTERM] + ([HANGUP] if HANGUP else [])
 
 noted: int | None = None
 """The signal that asked a training run to stop, or None."""
@@ -30,8 +32,9 @@ def _handle(number: int, frame: FrameType | None) -> None:
         return  # a forked worker, which Ctrl-C reaches too: its parent decides
     if deferring and noted is None:
         noted = number
-        if is_first_process():  # print() may be where the signal struck, and cannot be entered twice
-            os.write(2, b"\nstopping after this step and its check; once more stops at once\n")
+        if is_first_process():
+            with suppress(OSError):  # print() may be where the signal struck, and cannot be entered twice
+                os.write(2, b"\nstopping after this step and its check; once more stops at once\n")
         return
     leave_at_once(number)
 
@@ -50,7 +53,8 @@ def install() -> None:
     global _owner
     _owner = os.getpid()
     for stop in STOPS:
-        signal.signal(stop, _handle)
+        if stop != HANGUP or signal.getsignal(stop) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(stop, _handle)
 
 
 def ignore(worker: int) -> None:

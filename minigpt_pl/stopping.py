@@ -126,7 +126,6 @@ class StopTraining(Callback):
         if trainer.world_size > 1:  # all stop after the same step
             codes = trainer.strategy.all_gather(torch.tensor(code, device=pl_module.device)).tolist()
             code = max(codes, key=abs)
-        reasons = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", -1: "time_limit"}
         if code and trainer.global_step < trainer.max_steps:
-            self.reason = reasons[code]
+            self.reason = {signal.SIGINT: "interrupted", -1: "time_limit"}.get(code, "terminated")
             pl_module.stop_requested = True

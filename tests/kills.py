@@ -89,7 +89,7 @@ class Process:
 
 def faults(landed: Landed, run_dir: Path) -> list[str]:
     """What is wrong with the way a process ended and with the files that it left."""
-    expected = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "group SIGINT": 130}[landed.signal]
+    expected = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "group SIGINT": 130, "SIGHUP": 143}[landed.signal]
     out = []
     if landed.status != expected and (landed.status, landed.place) != (0, "end"):
         out.append(f"exit status {landed.status}, not {expected}: {landed.err[-500:]}")

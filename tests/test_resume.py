@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,15 @@ def test_a_signal_between_micro_batches_and_in_a_check_waits_for_both(
         assert minigpt("fit", "--run_dir", tmp_path / "run", "--ckpt_path", "last").status == 130
     assert summary(tmp_path / "run")["total_steps"] == 5
     assert summary(tmp_path / "run")["final_val_loss"] is not None
+    go_on(minigpt, tmp_path / "run")
+    assert differences(expected, tmp_path / "run") == []
+
+
+def test_a_closed_terminal_stops_a_run_as_sigterm_does(minigpt: Call, straight: Any, tmp_path: Path) -> None:
+    options, expected = straight(minigpt, "modern")
+    with at_micro_batch(6, lambda: signal.raise_signal(signal.SIGHUP)):
+        assert minigpt(*options, "--run_dir", tmp_path / "run").status == 143
+    assert summary(tmp_path / "run")["stop_reason"] == "terminated"
     go_on(minigpt, tmp_path / "run")
     assert differences(expected, tmp_path / "run") == []
 
