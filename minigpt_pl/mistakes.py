@@ -220,12 +220,17 @@ def without_effect(given: list[Given], settings: dict[str, Any], command: str) -
     if command != "fit":
         training = ("lr", "dropout", "weight_decay", "schedule", "moe_aux_loss_coef")
         why |= dict.fromkeys([*(f"model.{name}" for name in training), "data.eval_every"], f"{command} does not train")
-    return {
+    found = {
         one.name: f"{one} has no effect: {reason}"
         for one in given
         for prefix, reason in why.items()
         if reason and not one.file and one.name.startswith(prefix)
     }
+    one_of_many = plain.get("model.n_experts") and plain["model.moe_top_k"] == 1
+    if command == "fit" and one_of_many and plain["model.moe_gate"] == "softmax_selected":
+        gate = "model.moe_gate softmax_selected"
+        found["moe_gate"] = f"{gate}: with model.moe_top_k 1 the router learns from the aux loss alone"
+    return found
 
 
 # While building.
