@@ -129,7 +129,7 @@ class TextDataModule(LightningDataModule):
         Raises:
             InputError: Always.
         """
-        raise InputError(f"{checkpoint_path}: minigpt_pl.load_checkpoint gives its model and tokenizer; name the text anew")
+        raise InputError(f"{checkpoint_path}: load it with minigpt_pl.load_checkpoint, and name the text anew")
 
     # The text.
 

@@ -37,7 +37,7 @@ def layout_of(model: GPT) -> Layout:
     if type(model) is ClassicGPT:
         return gpt2(model)
     if type(model) is ModernGPT:
-        first = model.blocks[0].feed_forward
+        first = blocks_of(model)[0].feed_forward
         if not isinstance(first, MoE):
             return llama(model)
         renormalised = first.gate == "softmax_selected"
@@ -45,15 +45,24 @@ def layout_of(model: GPT) -> Layout:
     raise InputError(f"{type(model).__name__} has no layout in transformers: export a ClassicLM or a ModernLM")
 
 
+def blocks_of(model: GPT) -> list[Any]:
+    """The blocks; torch types the parts of a module as tensors or modules of any kind."""
+    return list(model.blocks)
+
+
+def norm_of(model: GPT) -> Any:
+    return model.norm
+
+
 def gpt2(model: ClassicGPT) -> Layout:
-    first = model.blocks[0]
+    first = blocks_of(model)[0]
     config = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         "vocab_size": model.head.out_features,
         "n_positions": model.block_size,
         "n_embd": model.head.in_features,
-        "n_layer": len(model.blocks),
+        "n_layer": len(blocks_of(model)),
         "n_head": first.attention.n_head,
         "n_inner": first.feed_forward.up.out_features,
         "activation_function": "gelu_new",
@@ -65,11 +74,11 @@ def gpt2(model: ClassicGPT) -> Layout:
     weights = {
         "transformer.wte.weight": model.token_embedding.weight,
         "transformer.wpe.weight": model.position_embedding.weight,
-        "transformer.ln_f.weight": model.norm.weight,
-        "transformer.ln_f.bias": model.norm.bias,
+        "transformer.ln_f.weight": norm_of(model).weight,
+        "transformer.ln_f.bias": norm_of(model).bias,
         "lm_head.weight": model.head.weight,
     }
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(blocks_of(model)):
         for theirs, module in {
             "ln_1": block.norm_1,
             "attn.c_attn": block.attention.qkv,
@@ -86,7 +95,7 @@ def gpt2(model: ClassicGPT) -> Layout:
 
 def llama_like(model: ModernGPT, family: str, model_type: str) -> Layout:
     """What Llama, Mixtral and Qwen2-MoE share: everything but the feed-forward nets."""
-    attention: CausalSelfAttention = model.blocks[0].attention
+    attention: CausalSelfAttention = blocks_of(model)[0].attention
     n_embd, n_head = model.head.in_features, attention.n_head
     assert attention.rope is not None
     config = {
@@ -94,13 +103,13 @@ def llama_like(model: ModernGPT, family: str, model_type: str) -> Layout:
         "architectures": [f"{family}ForCausalLM"],
         "vocab_size": model.head.out_features,
         "hidden_size": n_embd,
-        "num_hidden_layers": len(model.blocks),
+        "num_hidden_layers": len(blocks_of(model)),
         "num_attention_heads": n_head,
         "num_key_value_heads": n_head,
         "head_dim": n_embd // n_head,
         "hidden_act": "silu",
         "max_position_embeddings": model.block_size,
-        "rms_norm_eps": model.norm.eps,
+        "rms_norm_eps": norm_of(model).eps,
         "rope_theta": attention.rope.theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope.theta},
         "tie_word_embeddings": True,
@@ -108,8 +117,11 @@ def llama_like(model: ModernGPT, family: str, model_type: str) -> Layout:
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    weights = {"model.embed_tokens.weight": model.token_embedding.weight, "model.norm.weight": model.norm.weight}
-    for i, block in enumerate(model.blocks):
+    weights = {
+        "model.embed_tokens.weight": model.token_embedding.weight,
+        "norm_of(model).weight": norm_of(model).weight,
+    }
+    for i, block in enumerate(blocks_of(model)):
         at = f"model.layers.{i}"
         weights[f"{at}.input_layernorm.weight"] = block.norm_1.weight
         weights[f"{at}.post_attention_layernorm.weight"] = block.norm_2.weight
@@ -121,11 +133,11 @@ def llama_like(model: ModernGPT, family: str, model_type: str) -> Layout:
 
 def llama(model: ModernGPT) -> Layout:
     config, weights = llama_like(model, "Llama", "llama")
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(blocks_of(model)):
         gate, up = block.feed_forward.gate_up.weight.chunk(2)
         for name, weight in {"gate": gate, "up": up, "down": block.feed_forward.down.weight}.items():
             weights[f"model.layers.{i}.mlp.{name}_proj.weight"] = weight
-    width = model.blocks[0].feed_forward.down.in_features
+    width = blocks_of(model)[0].feed_forward.down.in_features
     return config | {"intermediate_size": width, "attention_bias": False, "mlp_bias": False}, weights
 
 
@@ -138,7 +150,7 @@ def experts(moe: MoE) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
 def mixtral(model: ModernGPT, first: MoE) -> Layout:
     """The chosen experts' weights are renormalised; with one of them that is the constant 1."""
     config, weights = llama_like(model, "Mixtral", "mixtral")
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(blocks_of(model)):
         at = f"model.layers.{i}.block_sparse_moe"
         weights[f"{at}.gate.weight"] = block.feed_forward.router.weight
         for e, gate, up, down in experts(block.feed_forward):
@@ -155,7 +167,7 @@ def qwen2_moe(model: ModernGPT, first: MoE) -> Layout:
     """Softmax over all experts, not renormalised; the layout's biases and shared expert are there, and zero."""
     config, weights = llama_like(model, "Qwen2Moe", "qwen2_moe")
     n_embd = model.head.in_features
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(blocks_of(model)):
         at = f"model.layers.{i}"
         for name in "qkv":
             weights[f"{at}.self_attn.{name}_proj.bias"] = torch.zeros(n_embd)
