@@ -119,7 +119,7 @@ def llama_like(model: ModernGPT, family: str, model_type: str) -> Layout:
     }
     weights = {
         "model.embed_tokens.weight": model.token_embedding.weight,
-        "norm_of(model).weight": norm_of(model).weight,
+        "model.norm.weight": norm_of(model).weight,
     }
     for i, block in enumerate(blocks_of(model)):
         at = f"model.layers.{i}"

@@ -178,8 +178,7 @@ def lines(texts: Iterable[str], longest: int) -> Iterator[list[str]]:
     pattern, rest = re.compile(line_pattern(longest)), ""
     for text in texts:
         found = pattern.findall(rest + text)
-        unfinished = bool(found) and len(found[-1]) < longest and not found[-1].endswith("\n")
-        rest = found.pop() if unfinished else ""
+        rest = found.pop() if found and not found[-1].endswith("\n") else ""  # it may go on
         yield found
     yield [rest]
 

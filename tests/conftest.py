@@ -15,6 +15,7 @@ from minigpt_pl.__main__ import main
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
 
+pytest_plugins = ["benchmarks.plugin"]
 PROJECT = Path(__file__).parents[1]
 TINY = ("-c", "smoke", "--wandb", "null", "--samples", "null")
 """Options of a fit that takes about a second."""

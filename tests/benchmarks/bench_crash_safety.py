@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from measuring import Report
+from benchmarks.measuring import Report
 
 from minigpt_pl.__main__ import main
 from minigpt_pl.callbacks import SeedSteps

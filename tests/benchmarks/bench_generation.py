@@ -4,8 +4,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from bench_training import VOCAB, ours, seeds
-from measuring import Report, interleaved
+from benchmarks.bench_training import VOCAB, ours, seeds
+from benchmarks.measuring import Report, interleaved
 
 from minigpt_pl.generation import Sampling, generate
 

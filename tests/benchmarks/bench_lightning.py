@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from measuring import Report
+from benchmarks.measuring import Report
 from torch import nn
 
 from minigpt_pl.__main__ import main

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from measuring import Report
+from benchmarks.measuring import Report
 
 from minigpt_pl.__main__ import main
 from minigpt_pl.data import TextDataModule

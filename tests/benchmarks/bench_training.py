@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from measuring import Report, interleaved
-from seed_method import SeedModel
+from benchmarks.measuring import Report, interleaved
+from benchmarks.seed_method import SeedModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile

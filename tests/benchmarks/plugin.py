@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from measuring import Report, machine
+from benchmarks.measuring import Report, machine
 
 _report = Report()
 
@@ -23,14 +23,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--json", type=Path, help="where to keep the figures")
 
 
-@pytest.fixture(autouse=True, scope="session")
-def all_threads(one_thread: None) -> None:
-    """Speed is measured with every core, unlike the tests."""
-    torch.set_num_threads(os.cpu_count() or 1)
-
-
 @pytest.fixture(scope="session")
-def report() -> Report:
+def report(one_thread: None) -> Report:
+    """Where figures are added; speed is measured with every core, unlike the tests."""
+    torch.set_num_threads(os.cpu_count() or 1)
     return _report
 
 
