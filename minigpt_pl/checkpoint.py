@@ -46,7 +46,7 @@ def tensors(node: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 def digest(checkpoint: dict[str, Any]) -> str:
     """A hash over the tensors of the weights and of the optimizer's state: names, types, shapes and every byte."""
     result = hashlib.blake2b(digest_size=32)
-    for name, tensor in tensors({key: checkpoint[key] for key in ("state_dict", "optimizer_states")}):
+    for name, tensor in tensors({key: checkpoint.get(key) for key in ("state_dict", "optimizer_states")}):
         result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         result.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return result.hexdigest()
@@ -91,10 +91,10 @@ def why(error: BaseException) -> str:
 
 
 def sync(descriptor: int) -> None:
-    """Returns when a file is on the disk, through the disk's own cache too, where the system can say so (macOS)."""
-    if (full := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
-        fcntl.fcntl(descriptor, full)
-    else:
+    """Returns when a file is on the disk; on macOS that is more than fsync, which stops at the disk's own cache."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)  # type: ignore[attr-defined]
+    except (AttributeError, OSError):  # not macOS, or a disk that cannot
         os.fsync(descriptor)
 
 

@@ -2,35 +2,29 @@
 
 What wins, from weak to strong: the code, configs/default.yaml, the checkpoint, then files and flags in their order.
 Commands and exit statuses are in `__main__`; what is known of a setting in `settings`, how a mistake in one is said in
-`mistakes`, what --help shows in `helptext`.
+`mistakes`, what --help shows in `helptext`; how a run trains in `training`.
 """
 
 import argparse
 import re
-import secrets
-import signal
 import warnings
 from collections.abc import Container, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from minigpt_pl import helptext, mistakes, run_dir, signals
-from minigpt_pl.callbacks import Bar, SeedSteps, TrainFigures
-from minigpt_pl.checkpoint import SAVED_BEFORE, AtomicCheckpointIO, find_checkpoint, progress, read_checkpoint
+from minigpt_pl.checkpoint import AtomicCheckpointIO, find_checkpoint, read_checkpoint
 from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError, say
 from minigpt_pl.generation import Sampling
-from minigpt_pl.loggers import MetricsCSV, Wandb, recording
+from minigpt_pl.loggers import Wandb
 from minigpt_pl.modules import MODELS, LanguageModel
-from minigpt_pl.samples import SampleText, WriteText, sample_text
-from minigpt_pl.saving import BestCheckpoint, LastCheckpoint, SaveSettings
+from minigpt_pl.samples import SampleText, WriteText, read_prompts, sample_text
 from minigpt_pl.settings import (
     CONFIGS,
     DECIDED,
@@ -43,8 +37,9 @@ from minigpt_pl.settings import (
     plain_name,
     with_shipped_configs,
 )
-from minigpt_pl.stopping import StopEarly, StopTraining
-from minigpt_pl.summary import RunSummary, how_to_go_on, table
+from minigpt_pl.stopping import StopEarly
+from minigpt_pl.summary import how_to_go_on, table
+from minigpt_pl.training import Training
 from minigpt_pl.vetting import check_sizes_fit, harmless
 
 FIXED = {  # settings of the data under which a checkpoint's figures would mean something else
@@ -62,12 +57,6 @@ def run(command: str, options: list[str]) -> int:
         return 0
     try:
         return MiniGPTCLI(command, options).status
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
-            raise InputError(
-                "there is not enough memory: lower data.batch_size, model.block_size or model.n_embd"
-            ) from error
-        raise
     finally:
         signals.defer(False)
         signals.before_leaving.clear()
@@ -103,6 +92,11 @@ class MiniGPTCLI(LightningCLI):
                 )
         except InputError as error:
             raise InputError(mistakes.as_typed(str(error), self.given, command)) from error
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+                lower = "--data.batch_size, --model.block_size or --model.n_embd"
+                raise InputError(f"there is not enough memory: lower {lower}") from error
+            raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # one parser, not four
         known = super().subcommands()[self.command]
@@ -229,39 +223,17 @@ class MiniGPTCLI(LightningCLI):
             say(note)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        init, settings = self.config_init[self.command], self.settings
+        init = self.config_init[self.command]
         kwargs |= {"logger": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
-        callbacks = list(init.trainer.callbacks or [])
-        self.io = AtomicCheckpointIO()
+        kwargs |= {"enable_model_summary": False}
+        callbacks, self.io = list(init.trainer.callbacks or []), AtomicCheckpointIO()
         if self.fits:
-            place = str(self.run_dir)
-            branches = bool(self.saved) and not self.goes_on
-            self.wandb_id = self.saved["wandb_id"] if self.goes_on else secrets.token_hex(4)
-            self.summary = RunSummary(
-                settings, str(self.ckpt_path) if branches else None, self.saved["global_step"] if branches else None
-            )
-            max_time = init.trainer.max_time
-            limit = None if max_time is None else timedelta(seconds=Timer(max_time).time_remaining() or 0)
-            self.stops = StopTraining(limit)
-            callbacks += [SeedSteps(), TrainFigures(), self.summary]
-            callbacks += [c for c in (init.samples, init.early_stopping) if c is not None]
-            callbacks += [
-                self.stops,
-                BestCheckpoint(place),
-                LastCheckpoint(place, init.last.every_n_train_steps, init.last.minutes),
-            ]
-            callbacks += [SaveSettings(settings, {"wandb_id": self.wandb_id})]
-            if init.trainer.enable_progress_bar is not False:
-                callbacks.append(Bar())
-            every = init.data.eval_every * init.trainer.accumulate_grad_batches
-            kwargs |= {
-                "default_root_dir": place, "max_epochs": 1, "max_time": None, "check_val_every_n_epoch": None,
-                "val_check_interval": every, "enable_model_summary": False,
-            }  # fmt: skip
+            self.training = Training(self.run_dir, self.goes_on, self.ckpt_path, self.saved, self.settings, init)
+            callbacks += self.training.callbacks()
+            kwargs |= self.training.trainer_settings()
         else:
-            kwargs |= {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-            if self.command == "predict":
-                callbacks.append(WriteText())
+            kwargs |= {"enable_checkpointing": False, "enable_progress_bar": False}
+            callbacks += [WriteText()] if self.command == "predict" else []
         kwargs["plugins"] = [*(init.trainer.plugins or []), self.io]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
@@ -277,80 +249,37 @@ class MiniGPTCLI(LightningCLI):
             raise InputError("data.test_frac is 0: there is no test part; give the share of the text to test on")
         if self.command == "predict":
             self.model.sampling = init.sample
-            self.datamodule.prompts = prompts(init.sample.prompt, init.sample.prompt_file)
-            for number, prompt in enumerate(self.datamodule.prompts, 1):
-                try:
-                    length = len(self.datamodule.tokenizer.encode_prompt(prompt))
-                except InputError as error:
-                    where = (
-                        f"_file {init.sample.prompt_file} line {number}" if init.sample.prompt_file else f" {prompt}"
-                    )
-                    raise InputError(f"sample.prompt{where}: {error}") from None
-                if length > self.datamodule.block_size:
-                    self.notes.append(
-                        f"prompt {number} has {length} tokens: the model reads its last {self.datamodule.block_size}"
-                    )
+            self.datamodule.prompts = read_prompts(init.sample.prompt, init.sample.prompt_file)
+            self.vet_prompts(init.sample.prompt_file)
+
+    def vet_prompts(self, file: str) -> None:
+        """Refuses characters that the model never saw; says what it will not read."""
+        longest = self.datamodule.block_size
+        for number, prompt in enumerate(self.datamodule.prompts, 1):
+            try:
+                length = len(self.datamodule.tokenizer.encode_prompt(prompt))
+            except InputError as error:
+                where = f"_file {file} line {number}" if file else f" {prompt}"
+                raise InputError(f"sample.prompt{where}: {error}") from None
+            if length > longest:
+                self.notes.append(f"prompt {number} has {length} tokens: the model reads its last {longest}")
 
     # What is done.
 
     def fit(self, model: LanguageModel, **kwargs: Any) -> None:
-        trainer, init = self.trainer, self.config_init["fit"]
-        with (
-            run_dir.claimed(self.run_dir, self.goes_on),
-            recording(init.wandb, trainer, self.run_dir, self.wandb_id, self.settings) as others,
-        ):
-            signals.before_leaving.append(self.end_other_processes)
-            try:
-                step = self.saved["global_step"] if self.goes_on else 0
-                if self.saved:
-                    self.io.prepared = self.as_resumed()
-                grown = (
-                    step < trainer.max_steps
-                    and self.goes_on
-                    and bool(self.saved["callbacks"]["RunSummary"]["off_grid"])
-                )
-                trainer.loggers = [MetricsCSV(self.run_dir / "metrics.csv", step, drop_check=grown), *others]
-                if said := self.datamodule.thinned("val"):
-                    say(said)
-                trainer.fit(model, datamodule=self.datamodule, ckpt_path=init.ckpt_path)
-                self.close()
-            except BaseException as error:
-                self.end_other_processes()
-                if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-                    raise InputError(
-                        f"{error.filename or self.run_dir} could not be written ({error.strerror}): {SAVED_BEFORE}"
-                    ) from error
-                raise
-
-    def end_other_processes(self) -> None:
-        """Ends those that train on other devices: they would wait for this one for ever."""
-        if (launcher := self.trainer.strategy.launcher) is not None:
-            launcher.kill(signal.SIGKILL)
-
-    def as_resumed(self) -> dict[str, Any]:
-        """The checkpoint as Lightning is to restore it."""
-        steps = self.saved["global_step"]
-        loops = progress(
-            steps,
-            steps * self.trainer.accumulate_grad_batches,
-            checked=steps % self.config_init["fit"].data.eval_every == 0,
-        )
-        kept = {callback.state_key for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
-        if not self.goes_on:  # a branch counts its own checks; what it has learned from is its parent's
-            kept = {TrainFigures().state_key}
-        callbacks = {key: state for key, state in self.saved["callbacks"].items() if key in kept}
-        return self.saved | {"loops": loops, "callbacks": callbacks}
+        self.training.run(self.trainer, model, self.datamodule, self.io)
+        self.close()
 
     def close(self) -> None:
         """The end of a run: exit status, a table, and a sample of the best model."""
         if not self.trainer.is_global_zero:
             return
-        self.status = {"interrupted": 130, "terminated": 143}.get(self.stops.reason or "", 0)
-        if self.summary.written is None:
+        self.status = {"interrupted": 130, "terminated": 143}.get(self.training.stops.reason or "", 0)
+        if self.training.summary.written is None:
             print(f"nothing is left to train: {self.run_dir} has done trainer.max_steps {self.trainer.max_steps}")
             print(f"continue with: {how_to_go_on('completed', self.run_dir)}")
             return
-        print(f"\n{table(self.summary.written, self.run_dir)}")
+        print(f"\n{table(self.training.summary.written, self.run_dir)}")
         best = self.run_dir / "best.ckpt"
         if self.status == 0 and best.exists():
             self.model.load_state_dict(read_checkpoint(best)["state_dict"])
@@ -373,22 +302,3 @@ class MiniGPTCLI(LightningCLI):
 
     def predict(self, model: LanguageModel, **kwargs: Any) -> None:
         self.trainer.predict(model, datamodule=self.datamodule, return_predictions=False)
-
-
-def prompts(prompt: str, file: str) -> list[str]:
-    """What predict continues: one prompt, or those of a file, one a line."""
-    if not file:
-        return [prompt]
-    if prompt:
-        raise InputError("sample.prompt and sample.prompt_file are both given: give one")
-    try:
-        lines = Path(file).read_text("utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"sample.prompt_file {file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"sample.prompt_file {file} is not UTF-8: byte {error.start}") from None
-    if lines[-1] == "":
-        lines.pop()
-    if not lines:
-        raise InputError(f"sample.prompt_file {file} is empty: give one prompt a line")
-    return lines

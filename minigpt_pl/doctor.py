@@ -16,7 +16,7 @@ from torch import Tensor
 from minigpt_pl.cli import MiniGPTCLI
 from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError
-from minigpt_pl.helptext import quiet
+from minigpt_pl.helptext import asks_for_help, page, quiet
 from minigpt_pl.models import GPT, nll
 from minigpt_pl.modules import LanguageModel
 from minigpt_pl.optim import build_optimizer
@@ -168,4 +168,7 @@ class Doctor(MiniGPTCLI):
 def run(command: str, options: list[str]) -> int:
     """Examines the CPU, and MPS or CUDA where there is one; takes the options of fit. 0 if all is well, else 2."""
     quiet()
+    if asks_for_help(options):
+        print(page("fit", options).replace("minigpt fit", f"minigpt {command}", 1))
+        return 0
     return Doctor("fit", options).status

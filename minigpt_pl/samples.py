@@ -96,3 +96,22 @@ class WriteText(Callback):
     def _begin(self, prompt: str) -> None:
         sys.stdout.write(prompt if self._first else f"---\n{prompt}")
         self._first = False
+
+
+def read_prompts(prompt: str, file: str) -> list[str]:
+    """What predict continues: one prompt, or those of a file, one a line."""
+    if not file:
+        return [prompt]
+    if prompt:
+        raise InputError("sample.prompt and sample.prompt_file are both given: give one")
+    try:
+        lines = Path(file).read_text("utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(f"sample.prompt_file {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"sample.prompt_file {file} is not UTF-8: byte {error.start}") from None
+    if lines[-1] == "":
+        lines.pop()
+    if not lines:
+        raise InputError(f"sample.prompt_file {file} is empty: give one prompt a line")
+    return lines

@@ -99,8 +99,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def _is_due(self, trainer: Trainer, pl_module: Any) -> bool:
         late = time.monotonic() - self._saved_at >= self.minutes * 60
-        if trainer.world_size > 1:
-            late = trainer.strategy.broadcast(late)
+        late = trainer.strategy.reduce_boolean_decision(late, all=False)  # all processes save together
         return pl_module.stop_requested or late or trainer.global_step % self.every_n_steps == 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import PROJECT, Outcome
 from runs import SMALL, at_check, at_micro_batch, before_summary, differences, interrupt, snapshot, summary
 
@@ -151,6 +152,16 @@ def test_a_completed_run_is_left_as_it_is(minigpt: Call, straight: Any, tmp_path
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
     assert "nothing is left to train" in said.out
     assert f"minigpt fit --run_dir {tmp_path / 'run'} --ckpt_path last --trainer.max_steps MORE" in said.out
+
+
+def test_a_resumed_run_is_the_same_one_for_wandb(minigpt: Call, straight: Any, tmp_path: Path) -> None:
+    options, _ = straight(minigpt, "modern")
+    with at_micro_batch(6, interrupt):
+        assert minigpt(*options, "--wandb.offline", "true", "--run_dir", tmp_path / "run").status == 130
+    go_on(minigpt, tmp_path / "run")
+    names = sorted(path.name.split("-")[3] for path in (tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert names == [torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["wandb_id"]] * 2
+    assert "wandb_id" not in (tmp_path / "run" / "config.yaml").read_text("utf-8")
 
 
 def test_a_run_is_the_same_when_figures_and_saves_fall_elsewhere(minigpt: Call, straight: Any, tmp_path: Path) -> None:

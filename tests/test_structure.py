@@ -47,8 +47,9 @@ MAY_IMPORT = {
     "settings": "data generation loggers modules samples stopping",
     "mistakes": "modules settings",
     "helptext": "settings",
-    "cli": "callbacks checkpoint data generation helptext loggers mistakes modules run_dir samples saving settings "
-    "stopping summary vetting",
+    "training": "callbacks checkpoint data loggers modules run_dir saving stopping summary",
+    "cli": "checkpoint data generation helptext loggers mistakes modules run_dir samples settings stopping summary "
+    "training vetting",
     "api": "checkpoint generation models modules tokenizer windows",
     "floors": "data",
     "export": "checkpoint layers models modules moe tokenizer",

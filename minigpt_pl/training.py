@@ -1,0 +1,117 @@
+"""One fit: what watches over it, where it begins, how it goes on from a checkpoint, and what a failure leaves.
+
+What is parsed and built for every command is in `cli`; what a callback does in the room that it is from.
+"""
+
+import secrets
+import signal
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Timer
+
+from minigpt_pl import run_dir, signals
+from minigpt_pl.callbacks import Bar, SeedSteps, TrainFigures
+from minigpt_pl.checkpoint import SAVED_BEFORE, AtomicCheckpointIO, progress
+from minigpt_pl.data import TextDataModule
+from minigpt_pl.errors import InputError, say
+from minigpt_pl.loggers import MetricsCSV, recording
+from minigpt_pl.modules import LanguageModel
+from minigpt_pl.saving import BestCheckpoint, LastCheckpoint, SaveSettings
+from minigpt_pl.stopping import StopTraining
+from minigpt_pl.summary import RunSummary
+
+
+class Training:
+    """A run, from its first callback to its last.
+
+    Args:
+        run_dir: Where it writes.
+        goes_on: Whether it goes on with the run in there.
+        start: The checkpoint that it starts from, or None.
+        saved: What that checkpoint holds.
+        settings: The whole resolved configuration.
+        init: What has been built of it.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        goes_on: bool,
+        start: Path | None,
+        saved: dict[str, Any],
+        settings: dict[str, Any],
+        init: Any,
+    ):
+        self.run_dir, self.goes_on, self.saved, self.settings, self.init = run_dir, goes_on, saved, settings, init
+        self.wandb_id = saved["wandb_id"] if goes_on else secrets.token_hex(4)
+        branches = bool(saved) and not goes_on
+        self.summary = RunSummary(
+            settings, str(start) if branches else None, saved["global_step"] if branches else None
+        )
+        max_time = init.trainer.max_time
+        self.stops = StopTraining(
+            None if max_time is None else timedelta(seconds=Timer(max_time).time_remaining() or 0)
+        )
+
+    def callbacks(self) -> list[Callback]:
+        """Ours, in the order in which they must act."""
+        init, place = self.init, str(self.run_dir)
+        found: list[Callback | None] = [
+            SeedSteps(), TrainFigures(), self.summary, init.samples, init.early_stopping, self.stops,
+        ]  # fmt: skip
+        found += [BestCheckpoint(place), LastCheckpoint(place, init.last.every_n_train_steps, init.last.minutes)]
+        found += [SaveSettings(self.settings, {"wandb_id": self.wandb_id})]
+        found += [Bar()] if init.trainer.enable_progress_bar is not False else []
+        return [callback for callback in found if callback is not None]
+
+    def trainer_settings(self) -> dict[str, Any]:
+        """What the Trainer is told beside the user's settings."""
+        return {
+            "default_root_dir": str(self.run_dir),
+            "max_epochs": 1,
+            "max_time": None,
+            "check_val_every_n_epoch": None,
+            "val_check_interval": self.init.data.eval_every * self.init.trainer.accumulate_grad_batches,
+        }
+
+    def run(self, trainer: Any, model: LanguageModel, data: TextDataModule, io: AtomicCheckpointIO) -> None:
+        """Trains; nothing is written before."""
+
+        def end_other_processes() -> None:  # that train on other devices: they would wait for this one for ever
+            if (launcher := trainer.strategy.launcher) is not None:
+                launcher.kill(signal.SIGKILL)
+
+        with (
+            run_dir.claimed(self.run_dir, self.goes_on),
+            recording(self.init.wandb, trainer, self.run_dir, self.wandb_id, self.settings) as others,
+        ):
+            signals.before_leaving.append(end_other_processes)
+            try:
+                step = self.saved["global_step"] if self.goes_on else 0
+                if self.saved:
+                    io.prepared = self.as_resumed(trainer)
+                grown = step < trainer.max_steps and self.goes_on and self.saved["callbacks"]["RunSummary"]["off_grid"]
+                trainer.loggers = [MetricsCSV(self.run_dir / "metrics.csv", step, drop_check=bool(grown)), *others]
+                if said := data.thinned("val"):
+                    say(said)
+                trainer.fit(model, datamodule=data, ckpt_path=self.init.ckpt_path)
+            except BaseException as error:
+                end_other_processes()
+                if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                    place = error.filename or self.run_dir
+                    raise InputError(f"{place} could not be written ({error.strerror}): {SAVED_BEFORE}") from error
+                raise
+
+    def as_resumed(self, trainer: Any) -> dict[str, Any]:
+        """The checkpoint as Lightning is to restore it."""
+        steps = self.saved["global_step"]
+        checked = steps % self.init.data.eval_every == 0
+        kept = {callback.state_key for callback in trainer.callbacks}
+        if not self.goes_on:  # a branch counts its own checks; what it has learned from is its parent's
+            kept = {TrainFigures().state_key}
+        callbacks = {key: state for key, state in self.saved["callbacks"].items() if key in kept}
+        loops = progress(steps, steps * trainer.accumulate_grad_batches, checked)
+        return self.saved | {"loops": loops, "callbacks": callbacks}
