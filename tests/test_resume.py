@@ -110,6 +110,19 @@ def test_a_closed_terminal_stops_a_run_as_sigterm_does(minigpt: Call, straight: 
     assert differences(expected, tmp_path / "run") == []
 
 
+def test_under_nohup_a_closed_terminal_stops_nothing(
+    minigpt: Call, straight: Any, tmp_path: Path
+) -> None:
+    options, expected = straight(minigpt, "modern")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with at_micro_batch(6, lambda: signal.raise_signal(signal.SIGHUP)):
+            assert minigpt(*options, "--run_dir", tmp_path / "run").status == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert differences(expected, tmp_path / "run") == []
+
+
 def test_a_moved_run_is_continued_and_moved_and_continued_again(
     minigpt: Call, straight: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
