@@ -110,9 +110,7 @@ def test_a_closed_terminal_stops_a_run_as_sigterm_does(minigpt: Call, straight: 
     assert differences(expected, tmp_path / "run") == []
 
 
-def test_under_nohup_a_closed_terminal_stops_nothing(
-    minigpt: Call, straight: Any, tmp_path: Path
-) -> None:
+def test_under_nohup_a_closed_terminal_stops_nothing(minigpt: Call, straight: Any, tmp_path: Path) -> None:
     options, expected = straight(minigpt, "modern")
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "errors": "",
     "signals": "",
     "randomness": "",
+    "statistics": "",
     # models
     "layers": "",
     "moe": "layers",
@@ -64,7 +65,7 @@ Models and text meet in rooms of commands alone.
 
 MODELS = {"layers", "moe", "models", "generation", "optim", "modules"}
 TEXTS = {"text", "tokenizer", "tokens", "windows", "data"}
-PURE = MODELS - {"modules"} | TEXTS - {"data"} | {"errors", "signals", "randomness"}
+PURE = MODELS - {"modules"} | TEXTS - {"data"} | {"errors", "signals", "randomness", "statistics"}
 HEAVY = {"torch", "lightning", "numpy", "wandb", "jsonargparse", "yaml", "tokenizers", "torchmetrics"}
 
 
