@@ -157,7 +157,8 @@ def refuse_impossible(settings: dict[str, Any], given: list[Given]) -> None:
             raise InputError(f"{name} is {plain[name]}: {remedy}")
 
     for name, setting in catalogue("fit").items():
-        absent = plain.get(name, "") is None and GROUPS.get(name.partition(".")[0]) and not takes(setting.type, None)
+        absent = plain.get(name, "") is None and GROUPS.get(name.partition(".")[0])
+        absent = absent and (setting.type is str or not takes(setting.type, None))  # the parser makes null of a text ~
         check(name, not absent, wanted(setting.type, name) or "")
     check("seed_everything", 0 <= plain["seed_everything"] < 2**32, "it must be at least 0 and below 2^32")
     for name, value in plain.items():

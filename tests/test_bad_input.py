@@ -177,6 +177,7 @@ CASES = {
         (f"{FIT} --last.every_n_train_steps 0", "--last.every_n_train_steps 0: it must be at least 1"),
         (f"{FIT} --last.minutes 0", "--last.minutes 0: it must be positive"),
         (f"{FIT} --samples.every_n_checks 0", "--samples.every_n_checks 0: it must be at least 1"),
+        (f"{FIT} --samples.prompt=~", "--samples.prompt ~: it must be text"),
         (f"{FIT} --samples.temperature -1", "--samples.temperature -1: it must be 0 or a positive number"),
         (f"{FIT} --wandb.offline perhaps", "--wandb.offline perhaps: it must be true or false"),
     ],
