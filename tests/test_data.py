@@ -224,6 +224,8 @@ def tokens_in_process(path: str) -> list[str]:
 def test_two_processes_at_once_agree(text_path: Path, cache: Path) -> None:
     with multiprocessing.get_context("fork").Pool(2) as pool:
         one, other = pool.map(tokens_in_process, [str(text_path)] * 2, chunksize=1)
+        pool.close()  # workers of a process that has our handlers do not hear the SIGTERM of a pool's end
+        pool.join()
     assert one == other == tokens_in_process(str(text_path))
     assert set(cached(cache)) == {"text", "merges", "tokens"}, "something was left behind"
 
