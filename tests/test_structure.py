@@ -54,8 +54,11 @@ MAY_IMPORT = {
     "api": "checkpoint generation models modules tokenizer windows",
     "floors": "data",
     "export": "checkpoint layers models modules moe tokenizer",
+    "results": "checkpoint data generation models modules settings summary",
+    "plans": "checkpoint cli data results settings statistics summary text tokens",
+    "study": "checkpoint floors helptext loggers plans results text",
     "doctor": "cli data helptext models modules optim summary windows",
-    "__main__": "cli doctor export floors",  # by their names, when a command needs them
+    "__main__": "cli doctor export floors study",  # by their names, when a command needs them
     "__init__": "api",
 }
 """The package's files, and which others each may import besides the light ones, which all may.

@@ -1,0 +1,252 @@
+"""What a run of a study leaves in its results folder, small enough to be committed, and how it is read again.
+
+When runs are started is in `study`, what is made of their results in `report`.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+
+from minigpt_pl.checkpoint import BEST, TEMPORARY, read_checkpoint
+from minigpt_pl.data import TextDataModule
+from minigpt_pl.errors import InputError
+from minigpt_pl.generation import Sampling, generate
+from minigpt_pl.models import GPT, nll
+from minigpt_pl.modules import from_checkpoint
+from minigpt_pl.settings import catalogue, differences, plain_name
+from minigpt_pl.summary import SUMMARY
+
+CONFIG, METRICS, NATS, SAMPLE = "config.yaml", "metrics.csv", "nats.npz", "sample.txt"
+MOST_BYTES = 150_000  # of a results folder; the two limits below see to it
+MOST_TOKENS = 60_000
+"""Scored tokens that are kept; of a larger validation part evenly spaced windows."""
+MOST_CHECKS = 200
+"""Checks that are kept, evenly spaced."""
+SAMPLING = Sampling(max_new_tokens=300, temperature=0.8)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Negative log-likelihoods of the validation part under one model, token by token in windows of a full check.
+
+    Args:
+        nats: Of each scored token (N,).
+        lengths: Its characters (N,).
+        begins: Where in the part the first target of each window stands, in characters (W,).
+        window: Targets in a window; the last one may have fewer.
+    """
+
+    nats: NDArray[np.float16]
+    lengths: NDArray[Any]
+    begins: NDArray[np.int32]
+    window: int
+
+    def by_character(self) -> NDArray[np.float64]:
+        """Nats of each character of the part, a token's shared among its own; nan where none was scored."""
+        first = np.arange(0, len(self.nats), self.window)
+        before = np.cumsum(self.lengths, dtype=np.int64) - self.lengths  # characters scored before each token
+        starts = before + np.repeat(self.begins - before[first], np.diff([*first, len(self.nats)]))
+        owner = np.repeat(np.arange(len(self.nats)), self.lengths)
+        places = starts[owner] + np.arange(len(owner)) - before[owner]
+        found = np.full(places.max() + 1, np.nan)
+        found[places] = (self.nats.astype(np.float64) / self.lengths)[owner]
+        return found
+
+    def by_position(self) -> NDArray[np.float64]:
+        """Mean nats per character of the targets at each position of a window (window,)."""
+        position = np.arange(len(self.nats)) % self.window
+        return np.bincount(position, self.nats) / np.bincount(position, self.lengths)
+
+
+@torch.inference_mode()
+def score(model: GPT, data: TextDataModule) -> Scores:
+    """Scores the validation part as a full check does, at most MOST_TOKENS of it."""
+    limit = max(1, min(data.max_eval_tokens, MOST_TOKENS) // data.block_size)
+    batches = data.scored_batches("val", limit)
+    ends = np.cumsum(data.tokenizer.sizes[data.tokens("val"), 0])
+    nats, lengths = [], []
+    for inputs, targets, _ in (batches[i] for i in range(len(batches))):
+        scored = targets >= 0
+        nats.append(nll(model(inputs)[0], targets)[scored].numpy())
+        lengths.append(data.tokenizer.sizes[targets[scored].numpy(), 0])
+    return Scores(
+        np.concatenate(nats).astype(np.float16),
+        np.concatenate(lengths),
+        ends[batches.starts].astype(np.int32),
+        data.block_size,
+    )
+
+
+def text_of(saved: dict[str, Any]) -> TextDataModule:
+    """The text of a run, from its checkpoint.
+
+    Raises:
+        InputError: If it is gone or has changed.
+    """
+    settings = saved["settings"]
+    data = TextDataModule(**settings["data"], block_size=settings["model"]["init_args"]["block_size"])
+    data.load_state_dict({**saved["TextDataModule"], "step": saved["global_step"]})
+    if Path(remembered := saved["TextDataModule"]["text_path"]).is_file():
+        data.path = remembered
+    return data
+
+
+def leave(run_dir: Path, folder: Path, facts: dict[str, Any]) -> None:
+    """Writes the results folder of a run that has ended, whole or not at all.
+
+    Args:
+        run_dir: Of the run.
+        folder: To be made; its name is that of the run in its study.
+        facts: What summary.json is to say beside the run's own.
+
+    Raises:
+        InputError: If the run has no best.ckpt, or its text is gone.
+    """
+    saved = read_checkpoint(run_dir / BEST)
+    model, data = from_checkpoint(saved).net, text_of(saved)
+    summary = json.loads((run_dir / SUMMARY).read_text("utf-8"))
+    settings = portable(summary.pop("config"))
+    summary |= {"flops_per_token": model.flops_per_token(), **facts}
+    scores = score(model, data)
+    arrays: dict[str, Any] = {"nats": scores.nats, "begins": scores.begins}
+    if data.tokenizer_kind != "char":
+        arrays["lengths"] = scores.lengths.astype(np.min_scalar_type(scores.lengths.max()))
+    ids = [token for (token,) in generate(model, data.tokenizer.encode_prompt(""), SAMPLING)]
+
+    half = folder.with_name(f"{folder.name}{TEMPORARY}")
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    (half / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "utf-8")
+    (half / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+    (half / METRICS).write_text(thinned((run_dir / METRICS).read_text("utf-8")), "utf-8")
+    np.savez_compressed(half / NATS, **arrays)
+    (half / SAMPLE).write_text(data.tokenizer.decode(ids) + "\n", "utf-8")
+    os.replace(half, folder)
+
+
+def thinned(metrics: str) -> str:
+    """metrics.csv at the steps of checks alone, with six digits."""
+    reader = csv.DictReader(io.StringIO(metrics))
+    rows = list(reader)
+    checks = list(dict.fromkeys(row["step"] for row in rows if row["part"] == "val"))
+    count = min(len(checks), MOST_CHECKS)
+    kept = {checks[round(place)] for place in np.linspace(0, len(checks) - 1, count)}
+    out = io.StringIO()
+    writer = csv.DictWriter(out, reader.fieldnames or [], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        if row["step"] in kept:
+            writer.writerow({name: brief(value) for name, value in row.items()})
+    return out.getvalue()
+
+
+def brief(value: str) -> str:
+    """A number with six digits; what is none, or whole, as it is."""
+    return f"{float(value):.6g}" if "." in value else value
+
+
+def portable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without a place on this machine: the text by its name, where it was given by its absolute path."""
+    path = settings["data"]["path"]
+    return settings | {"data": settings["data"] | {"path": Path(path).name if Path(path).is_absolute() else path}}
+
+
+def without_places(text: str) -> str:
+    """A command line, or several, in which files named by absolute paths are named by their last part."""
+    return re.sub(r"(?<![^\s='\"])/\S*/", "", text)
+
+
+def differs(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What makes two configurations different runs, a line each.
+
+    W&B changes no run; which text it is, its hash tells; and a setting that an older configuration does not know may
+    have the value that the code gives it.
+    """
+    known = catalogue("fit")
+    for full_name, before, after in differences(was, now):
+        name = plain_name(full_name)
+        new = before is None and name in known and after == known[name].default
+        if not (new or name == "data.path" or name.startswith("wandb")):
+            yield f"{name}: {before} -> {after}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A results folder."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Of the configuration."""
+        return self.folder.name.rpartition("-")[0]
+
+    @property
+    def seed(self) -> int:
+        return int(self.folder.name.rpartition("-")[2])
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / SUMMARY).read_text("utf-8"))
+        return found
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        found: dict[str, Any] = yaml.safe_load((self.folder / CONFIG).read_text("utf-8"))
+        return found
+
+    @cached_property
+    def scores(self) -> Scores:
+        with np.load(self.folder / NATS) as file:
+            nats, begins = file["nats"], file["begins"]
+            lengths = file["lengths"] if "lengths" in file else np.ones(len(nats), np.int64)
+        return Scores(nats, lengths.astype(np.int64), begins, self.settings["model"]["init_args"]["block_size"])
+
+    @property
+    def sample(self) -> str:
+        return (self.folder / SAMPLE).read_text("utf-8").removesuffix("\n")
+
+    def figures(self, part: str) -> dict[str, NDArray[np.float64]]:
+        """The columns of metrics.csv in the rows of "train" or "val"; nan where a row has none."""
+        with (self.folder / METRICS).open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["part"] == part]
+        names = [name for name in (rows[0] if rows else {}) if name != "part"]
+        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
+
+    def batches(self) -> tuple[Any, ...]:
+        """What decides, with the seed, which batches a run sees: runs are pairs only where this is equal."""
+        settings, summary = self.settings, self.summary
+        return (
+            summary["data_sha256"],
+            summary["tokenizer_sha256"],
+            settings["data"]["train_frac"],
+            settings["model"]["init_args"]["block_size"],
+            settings["data"]["batch_size"],
+            settings["trainer"]["accumulate_grad_batches"],
+        )
+
+
+def read(folder: Path) -> list[Result]:
+    """The results of a study, by configuration and seed.
+
+    Raises:
+        InputError: If there are none.
+    """
+    found = [Result(path) for path in (folder / "runs").glob("*-*") if (path / SUMMARY).is_file()]
+    found = [result for result in found if not result.folder.name.endswith(TEMPORARY)]
+    if not found:
+        raise InputError(f"{folder} holds no results: run a study first, with --out {folder}")
+    return sorted(found, key=lambda result: (result.name, result.seed))
