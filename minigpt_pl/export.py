@@ -37,6 +37,8 @@ def layout_of(model: GPT) -> Layout:
     if type(model) is ClassicGPT:
         return gpt2(model)
     if type(model) is ModernGPT:
+        if blocks_of(model)[0].conv_1 is not None:
+            raise InputError("no layout in transformers has short convolutions: export a model with conv_width 0")
         first = blocks_of(model)[0].feed_forward
         if not isinstance(first, MoE):
             return llama(model)
@@ -112,7 +114,7 @@ def llama_like(model: ModernGPT, family: str, model_type: str) -> Layout:
         "rms_norm_eps": norm_of(model).eps,
         "rope_theta": attention.rope.theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope.theta},
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": model.head.weight is model.token_embedding.weight,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
@@ -121,6 +123,8 @@ def llama_like(model: ModernGPT, family: str, model_type: str) -> Layout:
         "model.embed_tokens.weight": model.token_embedding.weight,
         "model.norm.weight": norm_of(model).weight,
     }
+    if not config["tie_word_embeddings"]:
+        weights["lm_head.weight"] = model.head.weight
     for i, block in enumerate(blocks_of(model)):
         at = f"model.layers.{i}"
         weights[f"{at}.input_layernorm.weight"] = block.norm_1.weight

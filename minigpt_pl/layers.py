@@ -116,6 +116,8 @@ class LayerCache:
     def __init__(self, size: int):
         self.size = size
         self.length = 0
+        self.recent: dict[nn.Module, Tensor] = {}
+        """What each short convolution has read last."""
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
@@ -253,24 +255,64 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+class ShortConv(nn.Module):
+    """x plus a weighted sum of its last few positions, channel by channel (a "Canon layer", Allen-Zhu 2025).
+
+    Args:
+        n_embd: Width C.
+        width: Positions in the sum, the present one included.
+    """
+
+    def __init__(self, n_embd: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, n_embd))  # row j is for the position j back
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        reach = len(self.weight) - 1
+        before = cache.recent.get(self) if cache is not None else None
+        padded = torch.cat([x.new_zeros(B, reach, C) if before is None else before, x], 1)
+        if cache is not None:
+            cache.recent[self] = padded[:, T:]
+        for back, weight in enumerate(self.weight.unbind()):
+            x = torch.addcmul(x, padded[:, reach - back : reach - back + T], weight)
+        return x
+
+
 class Block(nn.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + feed_forward(norm(x)); dropout on both branches.
 
-    A feed-forward net may return (y, aux loss); the block passes the aux loss on, and None for the others.
+    A feed-forward net may return (y, aux loss); the block passes the aux loss on, and None for the others. Short
+    convolutions, where there are any, lie between norm and branch.
     """
 
     def __init__(
-        self, norm_1: nn.Module, attention: nn.Module, norm_2: nn.Module, feed_forward: nn.Module, dropout: float
+        self,
+        norm_1: nn.Module,
+        attention: nn.Module,
+        norm_2: nn.Module,
+        feed_forward: nn.Module,
+        dropout: float,
+        conv_1: ShortConv | None = None,
+        conv_2: ShortConv | None = None,
     ):
         super().__init__()
         self.norm_1 = norm_1
+        self.conv_1 = conv_1
         self.attention = attention
         self.norm_2 = norm_2
+        self.conv_2 = conv_2
         self.feed_forward = feed_forward
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> tuple[Tensor, Tensor | None]:
-        x = x + self.dropout(self.attention(self.norm_1(x), cache))
-        y = self.feed_forward(self.norm_2(x))
+        y = self.norm_1(x)
+        if self.conv_1 is not None:
+            y = self.conv_1(y, cache)
+        x = x + self.dropout(self.attention(y, cache))
+        y = self.norm_2(x)
+        if self.conv_2 is not None:
+            y = self.conv_2(y, cache)
+        y = self.feed_forward(y)
         y, aux = y if isinstance(y, tuple) else (y, None)
         return x + self.dropout(y), aux

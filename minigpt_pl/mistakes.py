@@ -213,13 +213,14 @@ def without_effect(given: list[Given], settings: dict[str, Any], command: str) -
     plain = plain_settings(settings)
     why = {
         "model.moe_": "model.n_experts is 0" if plain.get("model.n_experts") == 0 else "",
+        "model.muon_lr": "model.optimizer is adamw" if plain["model.optimizer"] == "adamw" else "",
         "data.eval_iters": "data.eval_mode is full" if plain["data.eval_mode"] == "full" else "",
         "data.max_eval_tokens": "data.eval_mode is sampled" if plain["data.eval_mode"] == "sampled" else "",
         "sample.top_": "sample.temperature is 0" if plain.get("sample.temperature") == 0 else "",
         "data.": "predict reads no text" if command == "predict" else "",
     }
     if command != "fit":
-        training = ("lr", "dropout", "weight_decay", "schedule", "moe_aux_loss_coef")
+        training = ("lr", "muon_lr", "dropout", "weight_decay", "schedule", "moe_aux_loss_coef")
         why |= dict.fromkeys([*(f"model.{name}" for name in training), "data.eval_every"], f"{command} does not train")
     found = {
         one.name: f"{one} has no effect: {reason}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt_pl.layers import Block, CausalSelfAttention, Dropout, GeluMLP, LayerCache, RMSNorm, Rope, SwiGLU
+from minigpt_pl.layers import Block, CausalSelfAttention, Dropout, GeluMLP, LayerCache, RMSNorm, Rope, ShortConv, SwiGLU
 from minigpt_pl.moe import Gate, MoE
 
 
@@ -155,7 +155,7 @@ class ClassicGPT(GPT):
 
 
 class ModernGPT(GPT):
-    """Llama's decoder (Touvron et al. 2023) with a tied head: RMSNorm, RoPE, SwiGLU or a mixture of such experts.
+    """Llama's decoder (Touvron et al. 2023): RMSNorm, RoPE, SwiGLU or a mixture of such experts.
 
     Args:
         vocab_size: Tokens V in the vocabulary.
@@ -170,7 +170,11 @@ class ModernGPT(GPT):
         n_experts: Experts in each block; 0 for one dense feed-forward net.
         moe_top_k: Experts that a token chooses.
         moe_gate: How the chosen are weighed; see `moe.MoE`.
-        seed: Of the initial weights, N(0, 0.02) everywhere.
+        seed: Of the initial weights, N(0, 0.02) except where they are 0.
+        tied_head: Whether the head is the embedding.
+        zero_init: Whether each branch of a block, and the head where it is not tied, begins at 0.
+        conv_width: Positions that the short convolutions before both branches of a block add up, beginning at 0;
+            0 for no convolutions.
     """
 
     def __init__(
@@ -188,6 +192,9 @@ class ModernGPT(GPT):
         moe_top_k: int,
         moe_gate: Gate,
         seed: int,
+        tied_head: bool = True,
+        zero_init: bool = False,
+        conv_width: int = 0,
     ):
         super().__init__()
         check_sizes(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, rope_theta=rope_theta)
@@ -195,6 +202,8 @@ class ModernGPT(GPT):
         check_sizes(rms_norm_eps=rms_norm_eps, ffn_mult=hidden)
         if n_experts < 0:
             raise ValueError(f"n_experts is {n_experts}: it must be 0, for a dense model, or more")
+        if conv_width < 0:
+            raise ValueError(f"conv_width is {conv_width}: it must be 0, for no convolutions, or more")
         if n_embd % n_head or n_embd // n_head % 2:
             raise ValueError(
                 f"n_embd is {n_embd} and n_head {n_head}: n_head must divide n_embd into heads of even width, "
@@ -211,19 +220,24 @@ class ModernGPT(GPT):
                 RMSNorm(n_embd, rms_norm_eps),
                 MoE(n_embd, hidden, n_experts, moe_top_k, moe_gate) if n_experts else SwiGLU(n_embd, hidden),
                 dropout,
+                *(ShortConv(n_embd, conv_width) for _ in range(2 if conv_width else 0)),
             )
             for _ in range(n_layer)
         )
         self.norm = RMSNorm(n_embd, rms_norm_eps)
         self.head = nn.Linear(n_embd, vocab_size, bias=False)
-        self.head.weight = self.token_embedding.weight
-        initialise(self, lambda name: 0.02, seed)
+        if tied_head:
+            self.head.weight = self.token_embedding.weight
+        outputs = ("attention.out.weight", "feed_forward.down.weight", "feed_forward.down", "head.weight")
+        zeros = (*(outputs if zero_init else ()), "conv_1.weight", "conv_2.weight")
+        initialise(self, lambda name: 0.0 if name.endswith(zeros) else 0.02, seed)
 
     def embed(self, ids: Tensor, start: int) -> Tensor:
         return self.token_embedding(ids)
 
     def embedding_lookups(self) -> int:
-        return 0  # the one table is looked up at the bottom and multiplied at the top
+        tied = self.head.weight is self.token_embedding.weight  # looked up at the bottom and multiplied at the top
+        return 0 if tied else self.token_embedding.weight.numel()
 
 
 def nll(logits: Tensor, targets: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from minigpt_pl.errors import InputError
 from minigpt_pl.generation import Sampling, generate
 from minigpt_pl.models import GPT, ClassicGPT, ModernGPT, nll
 from minigpt_pl.moe import Gate
-from minigpt_pl.optim import Schedule, build_optimizer, lr_factor
+from minigpt_pl.optim import Rule, Schedule, build_optimizer, lr_factor
 from minigpt_pl.vetting import check_sizes_fit
 
 
@@ -29,24 +29,39 @@ class LanguageModel(LightningModule, ABC):
         net: The model.
         lr: Peak learning rate.
         weight_decay: On every parameter.
-        schedule: cosine (after a warm-up) or constant.
+        schedule: cosine (after a warm-up), constant, or wsd (constant, then linearly down to 0).
+        optimizer: adamw, or muon for the matrices in the blocks and adamw for the rest.
+        muon_lr: Peak learning rate of Muon's matrices.
         compile: Compile the model with torch.compile.
     """
 
-    may_change: ClassVar[frozenset[str]] = frozenset({"lr", "weight_decay", "schedule", "dropout", "compile"})
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {"lr", "muon_lr", "weight_decay", "schedule", "dropout", "compile"}
+    )
     """Settings under which trained weights still compute the same function."""
 
     net: GPT
 
     @abstractmethod
-    def __init__(self, net: GPT, lr: float, weight_decay: float, schedule: Schedule, compile: bool):
+    def __init__(
+        self,
+        net: GPT,
+        lr: float,
+        weight_decay: float,
+        schedule: Schedule,
+        optimizer: Rule,
+        muon_lr: float,
+        compile: bool,
+    ):
         super().__init__()
-        if not (lr > 0 and math.isfinite(lr)):
-            raise InputError(f"model.lr is {lr}: it must be positive")
+        for name, rate in {"lr": lr, "muon_lr": muon_lr}.items():
+            if not (rate > 0 and math.isfinite(rate)):
+                raise InputError(f"model.{name} is {rate}: it must be positive")
         if not (weight_decay >= 0 and math.isfinite(weight_decay)):
             raise InputError(f"model.weight_decay is {weight_decay}: it must be 0 or positive")
         self.net = net
-        self.lr, self.weight_decay, self.schedule = lr, weight_decay, schedule
+        self.lr, self.muon_lr, self.weight_decay = lr, muon_lr, weight_decay
+        self.schedule, self.rule = schedule, optimizer
         if compile:
             self.net.compile()  # in place: the names in a checkpoint stay as they are
         self.stop_requested = False
@@ -76,7 +91,7 @@ class LanguageModel(LightningModule, ABC):
     # Training.
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.net, self.lr, self.weight_decay)
+        return build_optimizer(self.net, self.lr, self.weight_decay, self.rule)
 
     def on_fit_start(self) -> None:
         self.sums = torch.zeros(3, device=self.device)
@@ -88,8 +103,9 @@ class LanguageModel(LightningModule, ABC):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         if self.stop_requested:
             return -1  # Lightning's word for: no more steps
+        factor = lr_factor(self.schedule, self.trainer.global_step, self.trainer.max_steps)
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.lr * lr_factor(self.schedule, self.trainer.global_step, self.trainer.max_steps)
+            group["lr"] = factor * (self.muon_lr if group.get("orthogonalise") else self.lr)
         return None
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -187,7 +203,9 @@ class ClassicLM(LanguageModel):
         n_head: Attention heads; must divide n_embd.
         n_embd: Width.
         block_size: Tokens of context.
-        schedule: cosine (after a warm-up) or constant.
+        schedule: cosine (after a warm-up), constant, or wsd (constant, then linearly down to 0).
+        optimizer: adamw, or muon for the matrices in the blocks and adamw for the rest.
+        muon_lr: Peak learning rate of Muon's matrices.
         compile: Compile the model with torch.compile.
     """
 
@@ -202,14 +220,16 @@ class ClassicLM(LanguageModel):
         n_embd: int = 128,
         block_size: int = 128,
         schedule: Schedule = "cosine",
+        optimizer: Rule = "adamw",
+        muon_lr: float = 0.01,
         compile: bool = False,
     ):
         net = ClassicGPT(vocab_size, block_size, n_layer, n_head, n_embd, dropout, seed=torch.initial_seed())
-        super().__init__(net, lr, weight_decay, schedule, compile)
+        super().__init__(net, lr, weight_decay, schedule, optimizer, muon_lr, compile)
 
 
 class ModernLM(LanguageModel):
-    """Llama's decoder, small: RMSNorm, RoPE, SwiGLU, tied head; with n_experts a sparse mixture of experts.
+    """Llama's decoder, small: RMSNorm, RoPE, SwiGLU; with n_experts a sparse mixture of experts.
 
     Args:
         vocab_size: Follows the tokenizer.
@@ -227,7 +247,12 @@ class ModernLM(LanguageModel):
         moe_top_k: Experts that a token chooses.
         moe_gate: softmax_all lets the router learn from the text; softmax_selected at moe_top_k 1 does not.
         moe_aux_loss_coef: Weight of the balance loss in what is minimised.
-        schedule: cosine (after a warm-up) or constant.
+        tied_head: Use the embedding as the head.
+        zero_init: Begin each branch of a block, and an untied head, at 0.
+        conv_width: Positions that a short convolution before each branch adds up; 0 for none.
+        schedule: cosine (after a warm-up), constant, or wsd (constant, then linearly down to 0).
+        optimizer: adamw, or muon for the matrices in the blocks and adamw for the rest.
+        muon_lr: Peak learning rate of Muon's matrices.
         compile: Compile the model with torch.compile.
     """
 
@@ -250,14 +275,19 @@ class ModernLM(LanguageModel):
         moe_top_k: int = 1,
         moe_gate: Gate = "softmax_all",
         moe_aux_loss_coef: float = 0.0015,
+        tied_head: bool = True,
+        zero_init: bool = False,
+        conv_width: int = 0,
         schedule: Schedule = "cosine",
+        optimizer: Rule = "adamw",
+        muon_lr: float = 0.01,
         compile: bool = False,
     ):
         net = ModernGPT(
             vocab_size, block_size, n_layer, n_head, n_embd, dropout, rope_theta, rms_norm_eps, ffn_mult,
-            n_experts, moe_top_k, moe_gate, seed=torch.initial_seed(),
+            n_experts, moe_top_k, moe_gate, torch.initial_seed(), tied_head, zero_init, conv_width,
         )  # fmt: skip
-        super().__init__(net, lr, weight_decay, schedule, compile)
+        super().__init__(net, lr, weight_decay, schedule, optimizer, muon_lr, compile)
         if not (moe_aux_loss_coef >= 0 and math.isfinite(moe_aux_loss_coef)):
             raise InputError(f"model.moe_aux_loss_coef is {moe_aux_loss_coef}: it must be 0 or positive")
         self.moe_aux_loss_coef = moe_aux_loss_coef

@@ -4,27 +4,48 @@ No Lightning here: `modules` asks for both.
 """
 
 import math
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-Schedule = Literal["cosine", "constant"]
+Rule = Literal["adamw", "muon"]
+Schedule = Literal["cosine", "constant", "wsd"]
 
 
-def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with torch's betas and eps, over every parameter of the model.
+def build_optimizer(model: nn.Module, lr: float, weight_decay: float, rule: Rule = "adamw") -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with torch's betas and eps, or Muon with such an AdamW.
 
     Args:
         model: Each of its parameters is in exactly one group.
-        lr: Peak learning rate; `lr_factor` scales it.
+        lr: Peak learning rate of every group, until it is set for a step.
         weight_decay: On every parameter.
+        rule: adamw updates every parameter; muon leaves it embeddings, head, router and vectors, and updates the
+            matrices inside the blocks itself.
     """
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    optimizer: torch.optim.AdamW
+    if rule == "adamw":
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    else:
+        matrices = [p for name, p in model.named_parameters() if is_orthogonalised(name, p)]
+        chosen = {id(p) for p in matrices}
+        groups = [
+            {"params": matrices, "orthogonalise": True},
+            {"params": [p for p in parameters if id(p) not in chosen], "orthogonalise": False},
+        ]
+        optimizer = Muon(groups, lr=lr, weight_decay=weight_decay, fused=True)
     check_exhaustive(optimizer, parameters)
     return optimizer
+
+
+def is_orthogonalised(name: str, parameter: Tensor) -> bool:
+    """Whether Muon updates it: a matrix that maps vectors to vectors, or one for each expert, inside a block."""
+    return name.startswith("blocks.") and name.endswith(MATRICES)
+
+
+MATRICES = ("qkv.weight", "out.weight", "up.weight", "gate_up.weight", "gate_up", "down.weight", "down")
 
 
 def check_exhaustive(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -32,13 +53,75 @@ def check_exhaustive(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.P
     assert sorted(grouped) == sorted(id(p) for p in parameters), "each parameter belongs to exactly one group"
 
 
+class Muon(torch.optim.AdamW):
+    """Orthogonalised momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for groups with `orthogonalise`.
+
+    The other groups are AdamW's. A matrix (o, i) moves by lr * sqrt(max(1, o / i)) in every direction that its Nesterov
+    momentum has; of a stack of matrices (E, o, i), each does.
+    """
+
+    momentum = 0.95
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["orthogonalise"]:
+                self._orthogonal_step(group)
+        super().step()  # passes by what has no gradient
+        return loss
+
+    def _orthogonal_step(self, group: dict[str, Any]) -> None:
+        same: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}  # one product for all matrices of a shape
+        for p in group["params"]:
+            if p.grad is not None:
+                same.setdefault(p.shape, []).append((p, p.grad))
+        for shape, matrices in same.items():
+            directions = []
+            for p, gradient in matrices:
+                state = self.state[p]
+                if not state:
+                    state |= {"momentum": torch.zeros_like(p), "step": torch.zeros(())}  # AdamW loads none without step
+                state["momentum"].lerp_(gradient, 1 - self.momentum)
+                directions.append(gradient.lerp_(state["momentum"], self.momentum))
+                p.grad = None
+            scale = math.sqrt(max(1, shape[-2] / shape[-1]))
+            for (p, _), update in zip(matrices, orthogonal(torch.stack(directions)), strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"] * scale)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Matrices (..., o, i) with their singular vectors and with singular values near 1, between about 0.7 and 1.2.
+
+    Five times X <- P X with P = a + b XX' + c (XX')^2. All P commute, so that they and XX' are multiplied up as
+    matrices of the shorter side squared, and X comes in once, at the end.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: steepest at 0
+    x = matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    gram = x @ x.mT
+    product = identity = torch.eye(gram.size(-1), device=gram.device, dtype=gram.dtype)
+    for _ in range(5):
+        factor = a * identity + b * gram + c * (gram @ gram)
+        product = factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
+    return x.mT if matrices.size(-2) > matrices.size(-1) else x
+
+
 def lr_factor(schedule: Schedule, step: int, max_steps: int) -> float:
     """What the peak learning rate is multiplied by in the update that follows `step` completed ones.
 
     cosine: linear warm-up over max(50, max_steps // 20) updates, then half a cosine down to a tenth at max_steps.
+    wsd: no warm-up, constant, then linearly down to 0 over the last 60 % of max_steps.
     """
     if schedule == "constant":
         return 1.0
+    if schedule == "wsd":
+        return min(1.0, max(0, max_steps - step) / (0.6 * max_steps))
     warmup = max(50, max_steps // 20)
     if step < warmup:
         return (step + 1) / warmup

@@ -216,7 +216,16 @@ def test_the_journey_is_what_it_was() -> None:
     now = journey()
     assert now.keys() == stored.keys()
     for name in JOURNEY:
-        assert dict(leaves(now[name])) == dict(leaves(stored[name])), name
+        was, settings = dict(leaves(stored[name])), dict(leaves(now[name]))
+        since = {leaf: settings.pop(leaf) for leaf in settings.keys() - was.keys()}
+        assert settings == was, name
+        assert since == {leaf: default_of(leaf) for leaf in since}, f"{name}: an option that came later is not off"
+
+
+def default_of(leaf: str) -> Any:
+    """What the code has for a setting of the model."""
+    assert leaf.startswith("settings.model.init_args."), leaf
+    return inspect.signature(ModernLM).parameters[leaf.rpartition(".")[2]].default
 
 
 def test_the_runs_of_the_journey_differ() -> None:

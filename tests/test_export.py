@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers", reason="the dev extra has it"
 KINDS = {
     "classic": ("--model", "ClassicLM"),
     "modern": (),
+    "modern, untied": ("--model.tied_head", "false"),
     "moe, softmax_all": ("--model.n_experts", "4"),
     "moe, softmax_all, 2 of 4": ("--model.n_experts", "4", "--model.moe_top_k", "2"),
     "moe, constant gate": ("--model.n_experts", "4", "--model.moe_gate", "softmax_selected"),

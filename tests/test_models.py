@@ -11,6 +11,7 @@ import torch
 from tiny_models import KINDS, VOCAB, build, lively, redraw, some_ids
 from torch import Tensor, nn
 
+from minigpt_pl.layers import LayerCache, ShortConv
 from minigpt_pl.models import nll
 from minigpt_pl.optim import build_optimizer
 
@@ -202,16 +203,19 @@ def test_initial_weights_come_from_their_seed_alone(kind: str) -> None:
     again = build(kind, seed=3).state_dict()
     assert all(torch.equal(again[name], weight) for name, weight in first.items())
     other = build(kind, seed=4).state_dict()
-    drawn = {name for name, weight in first.items() if weight.dim() >= 2}
+    drawn = {name for name, weight in first.items() if weight.dim() >= 2 and weight.any()}
     assert drawn
     assert not any(torch.equal(other[name], first[name]) for name in drawn)
+
+
+BEGIN_AT_0 = ("attention.out.weight", "feed_forward.down.weight", "conv_1.weight", "conv_2.weight", "head.weight")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_initial_weights_have_the_published_spread(kind: str) -> None:
     model = build(kind, n_embd=64, n_layer=8, vocab_size=100, block_size=64)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
+        if parameter.dim() == 1 or kind == "frontier" and name.endswith(BEGIN_AT_0):
             expected = 1 if "norm" in name and name.endswith("weight") else 0
             assert (parameter == expected).all(), name
             continue
@@ -227,6 +231,41 @@ def test_the_initial_loss_is_that_of_a_guess(kind: str) -> None:
     model = build(kind, vocab_size=50)
     inputs, targets = some_ids(32, 16, vocab_size=50), some_ids(32, 16, seed=1, vocab_size=50)
     assert abs(nll(model(inputs)[0], targets).mean().item() - math.log(50)) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["frontier", "switch"])
+@torch.no_grad()
+def test_with_zero_init_blocks_pass_their_input_on_and_an_untied_head_knows_nothing(kind: str) -> None:
+    model, ids = build(kind, zero_init=True), some_ids(2, 16)
+    x = model.embed(ids, 0)
+    for block in model.blocks:
+        assert torch.equal(block(x)[0], x)
+    logits = model(ids)[0]
+    expected = model.head(model.norm(x)) if kind == "switch" else torch.zeros_like(logits)
+    assert torch.equal(logits, expected)
+    assert logits.any() == (kind == "switch")
+
+
+def test_an_untied_head_has_weights_of_its_own_and_counts_them() -> None:
+    tied, untied = build("dense"), build("dense", tied_head=False)
+    assert untied.head.weight is not untied.token_embedding.weight
+    assert untied.params_total() == tied.params_total() + VOCAB * 32
+    assert untied.flops_per_token() == tied.flops_per_token()
+
+
+@torch.no_grad()
+def test_a_short_convolution_is_the_sum_of_its_taps() -> None:
+    conv, x = ShortConv(2, 3), torch.randn(4, 6, 2)
+    conv.weight.copy_(torch.tensor([[0.5, -1.0], [2.0, 0.0], [3.0, 4.0]]))
+    for t in range(6):
+        expected = x[:, t] * (1 + conv.weight[0])
+        for back in (1, 2):
+            if t >= back:
+                expected = expected + x[:, t - back] * conv.weight[back]
+        torch.testing.assert_close(conv(x)[:, t], expected)
+    cache = LayerCache(6)
+    pieces = [conv(piece, cache) for piece in x.split([1, 3, 1, 1], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), conv(x))
 
 
 def test_the_modern_head_is_the_embedding_and_the_classic_is_not() -> None:
@@ -292,6 +331,7 @@ def test_parameters_and_flops_are_counted_as_by_hand() -> None:
         ({"n_embd": 12}, "n_embd is 12 and n_head 4: .* even"),
         ({"rope_theta": 0.0}, "rope_theta is 0.0"),
         ({"ffn_mult": 0.01}, "ffn_mult is 0"),
+        ({"conv_width": -1}, "conv_width is -1"),
         ({"n_experts": -1}, "n_experts is -1"),
         ({"n_experts": 4, "moe_top_k": 5}, "moe_top_k is 5"),
         ({"n_experts": 4, "moe_top_k": 0}, "moe_top_k is 0"),

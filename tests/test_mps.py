@@ -177,6 +177,8 @@ def language_model(kind: str, dropout: float) -> LanguageModel:
         "n_embd": 32,
         "block_size": 16,
     }
+    if kind == "frontier":
+        choices |= {"optimizer": "muon"}
     model = ClassicLM(VOCAB, **choices) if kind == "classic" else ModernLM(VOCAB, **choices, **EXPERTS[kind])
     redraw(model.net)
     return model

@@ -7,7 +7,9 @@ import torch
 from tiny_models import KINDS, build, lively, some_ids
 
 from minigpt_pl.models import nll
-from minigpt_pl.optim import build_optimizer, check_exhaustive, lr_factor
+from minigpt_pl.optim import Muon, build_optimizer, check_exhaustive, lr_factor, orthogonal
+
+EXPERTS = ("gate_up", "down")
 
 
 def one_step(kind: str, lr: float, weight_decay: float, steps: int = 1) -> tuple[dict, dict, dict]:
@@ -82,6 +84,78 @@ def test_later_steps_have_torchs_default_betas() -> None:
         torch.testing.assert_close(weight.detach(), expected)
 
 
+# Muon.
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (96, 32), (32, 85), (3, 64, 24)])
+def test_orthogonal_keeps_the_singular_vectors_and_brings_the_values_near_1(shape: tuple[int, ...]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    got = orthogonal(matrix)
+    in_its_frame = u.mT @ got @ vh.mT
+    values = in_its_frame.diagonal(dim1=-2, dim2=-1)
+    assert (in_its_frame - torch.diag_embed(values)).abs().max() < 1e-3
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+
+def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
+    """As the paper has it, one step after the other."""
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
+    return x
+
+
+def test_muon_is_its_formula_and_leaves_the_rest_to_adamw() -> None:
+    lr, decay, generator = 0.1, 0.3, torch.Generator().manual_seed(0)
+    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleDict({"out": torch.nn.Linear(4, 6)})})
+    weight, bias = model["blocks"]["out"].weight, model["blocks"]["out"].bias
+    other = torch.nn.Parameter(bias.detach().clone())
+    optimizer, adamw = build_optimizer(model, lr, decay, "muon"), torch.optim.AdamW([other], lr=lr, weight_decay=decay)
+    expected, momentum = weight.detach().clone(), torch.zeros(6, 4)
+    for _ in range(3):
+        weight.grad, bias.grad = torch.randn(6, 4, generator=generator), torch.randn(6, generator=generator)
+        other.grad = bias.grad.clone()
+        momentum = 0.95 * momentum + 0.05 * weight.grad
+        update = newton_schulz(0.95 * momentum + 0.05 * weight.grad).float()
+        expected = expected * (1 - lr * decay) - lr * math.sqrt(6 / 4) * update
+        optimizer.step()
+        adamw.step()
+        torch.testing.assert_close(weight.detach(), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(bias, other)
+
+
+def test_muon_treats_each_expert_as_a_matrix_of_its_own() -> None:
+    stack = torch.nn.Parameter(torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(1)))
+    alone = [torch.nn.Parameter(expert.detach().clone()) for expert in stack]
+    stack.grad = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(2))
+    for expert, gradient in zip(alone, stack.grad, strict=True):
+        expert.grad = gradient.clone()
+    for parameters in ([stack], alone):
+        Muon([{"params": parameters, "orthogonalise": True}], lr=0.1, weight_decay=0.1).step()
+    torch.testing.assert_close(stack, torch.stack(alone), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "feed_forward"),
+    [("classic", ("up.weight", "down.weight")), ("frontier", ("gate_up.weight", "down.weight")), ("switch", EXPERTS)],
+)
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_the_rest(kind: str, feed_forward: tuple[str, ...]) -> None:
+    model, ids = lively(kind).train(), some_ids(4, 17)
+    optimizer, names = build_optimizer(model, 1e-2, 0.1, "muon"), {p: name for name, p in model.named_parameters()}
+    mine = {"attention.qkv.weight", "attention.out.weight", *(f"feed_forward.{name}" for name in feed_forward)}
+    logits, aux = model(ids[:, :-1])
+    (nll(logits, ids[:, 1:]).mean() + aux).backward()
+    optimizer.step()
+    by_rule = {
+        rule: sorted(names[p] for p in optimizer.state if key in optimizer.state[p])
+        for rule, key in {"muon": "momentum", "adamw": "exp_avg"}.items()
+    }
+    assert by_rule["muon"] == sorted(f"blocks.{layer}.{name}" for layer in range(2) for name in mine)
+    assert sorted(by_rule["muon"] + by_rule["adamw"]) == sorted(names.values())
+
+
 # The learning rate: that of the update after `step` completed ones, in units of its peak.
 
 
@@ -105,6 +179,12 @@ def test_cosine_never_rises_after_its_warm_up() -> None:
     assert factors[:50] == sorted(factors[:50])
     assert factors[49:] == sorted(factors[49:], reverse=True)
     assert all(math.isclose(a - b, 0, abs_tol=0.02 + 1e-9) for a, b in zip(factors, factors[1:], strict=False))
+
+
+def test_wsd_is_constant_and_then_falls_to_0_in_a_line() -> None:
+    factors = {0: 1, 1: 1, 40: 1, 41: 59 / 60, 55: 0.75, 70: 0.5, 99: 1 / 60, 100: 0, 101: 0}
+    assert {step: lr_factor("wsd", step, 100) for step in factors} == pytest.approx(factors)
+    assert [lr_factor("wsd", step, 5) for step in range(5)] == pytest.approx([1, 1, 1, 2 / 3, 1 / 3])
 
 
 def test_constant_has_no_warm_up_and_no_end() -> None:

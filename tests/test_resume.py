@@ -19,6 +19,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "modern": (),
     "moe": ("-c", "moe"),
     "bpe": ("-c", "bpe", "--data.bpe_vocab_size", 80),
+    "muon": ("-c", "moe", "--model.optimizer", "muon", "--model.schedule", "wsd", "--model.conv_width", 3),
 }
 
 
@@ -57,6 +58,7 @@ def go_on(minigpt: Call, run_dir: Path, *options: object) -> Outcome:
         ("classic", 4, 0, 7),
         ("moe", 1, 2, 8),
         ("bpe", 4, 0, 4),
+        ("muon", 1, 0, 7),
     ],
 )
 def test_a_run_stopped_at_any_step_is_continued_to_the_bit(

@@ -15,12 +15,13 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "switch": {"n_experts": 4, "moe_top_k": 1, "moe_gate": "softmax_all"},
     "mixtral": {"n_experts": 4, "moe_top_k": 2, "moe_gate": "softmax_selected"},
 }
+EXPERTS["frontier"] = {**EXPERTS["dense"], "tied_head": False, "zero_init": True, "conv_width": 3}
 KINDS = ("classic", *EXPERTS)
 VOCAB = 19
 
 
 def build(kind: str, **changes: Any) -> GPT:
-    """A model of two layers in eval mode: classic, or the modern one by its experts."""
+    """A model of two layers in eval mode: classic, or the modern one by its experts or other means."""
     sizes = {"vocab_size": VOCAB, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32, "dropout": 0.0, "seed": 1}
     if kind == "classic":
         return ClassicGPT(**{**sizes, **changes}).eval()
