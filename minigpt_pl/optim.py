@@ -54,13 +54,14 @@ def check_exhaustive(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.P
 
 
 class Muon(torch.optim.AdamW):
-    """Orthogonalised momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for groups with `orthogonalise`.
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for groups with `orthogonalise`; AdamW for others.
 
-    The other groups are AdamW's. A matrix (o, i) moves by lr * sqrt(max(1, o / i)) in every direction that its Nesterov
-    momentum has; of a stack of matrices (E, o, i), each does.
+    A matrix (o, i) moves along its Nesterov momentum, made orthogonal and times lr * sqrt(max(1, o / i)); each of a
+    stack (E, o, i) does. Within that length rows that have long moved further than others are held back, as in NorMuon
+    (Li et al., arXiv 2510.05491).
     """
 
-    momentum = 0.95
+    momentum, memory = 0.95, 0.95
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -80,17 +81,26 @@ class Muon(torch.optim.AdamW):
             if p.grad is not None:
                 same.setdefault(p.shape, []).append((p, p.grad))
         for shape, matrices in same.items():
-            directions = []
-            for p, gradient in matrices:
-                state = self.state[p]
+            directions, states = [], [self.state[p] for p, _ in matrices]
+            for (p, gradient), state in zip(matrices, states, strict=True):
                 if not state:
-                    state |= {"momentum": torch.zeros_like(p), "step": torch.zeros(())}  # AdamW loads none without step
+                    state["step"] = torch.zeros(())  # AdamW loads no state without
+                    state["momentum"], state["rows"] = torch.zeros_like(p), torch.zeros_like(p[..., :1])
                 state["momentum"].lerp_(gradient, 1 - self.momentum)
                 directions.append(gradient.lerp_(state["momentum"], self.momentum))
                 p.grad = None
-            scale = math.sqrt(max(1, shape[-2] / shape[-1]))
-            for (p, _), update in zip(matrices, orthogonal(torch.stack(directions)), strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"] * scale)
+            updates = orthogonal(torch.stack(directions))
+            rows = updates.square().mean(-1, keepdim=True)
+            rows = torch.stack([s["rows"].lerp_(row, 1 - self.memory) for s, row in zip(states, rows, strict=True)])
+            even = updates * rows.clamp(min=1e-16).rsqrt()
+            even *= norm(updates) / norm(even).clamp(min=1e-7)
+            rate = group["lr"] * math.sqrt(max(1, shape[-2] / shape[-1]))
+            for (p, _), update in zip(matrices, even, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
+
+
+def norm(matrices: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -101,7 +111,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: steepest at 0
     x = matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x / (norm(x) + 1e-7)
     gram = x @ x.mT
     product = identity = torch.eye(gram.size(-1), device=gram.device, dtype=gram.dtype)
     for _ in range(5):

@@ -113,13 +113,15 @@ def test_muon_is_its_formula_and_leaves_the_rest_to_adamw() -> None:
     weight, bias = model["blocks"]["out"].weight, model["blocks"]["out"].bias
     other = torch.nn.Parameter(bias.detach().clone())
     optimizer, adamw = build_optimizer(model, lr, decay, "muon"), torch.optim.AdamW([other], lr=lr, weight_decay=decay)
-    expected, momentum = weight.detach().clone(), torch.zeros(6, 4)
+    expected, momentum, rows = weight.detach().clone(), torch.zeros(6, 4), torch.zeros(6, 1)
     for _ in range(3):
         weight.grad, bias.grad = torch.randn(6, 4, generator=generator), torch.randn(6, generator=generator)
         other.grad = bias.grad.clone()
         momentum = 0.95 * momentum + 0.05 * weight.grad
         update = newton_schulz(0.95 * momentum + 0.05 * weight.grad).float()
-        expected = expected * (1 - lr * decay) - lr * math.sqrt(6 / 4) * update
+        rows = 0.95 * rows + 0.05 * update.square().mean(1, keepdim=True)
+        even = update / rows.sqrt() * update.norm() / (update / rows.sqrt()).norm()
+        expected = expected * (1 - lr * decay) - lr * math.sqrt(6 / 4) * even
         optimizer.step()
         adamw.step()
         torch.testing.assert_close(weight.detach(), expected, atol=1e-5, rtol=1e-5)
