@@ -38,6 +38,7 @@ JOURNEY = (
     "classic_baseline", "classic_tuned", "p2_refine", "modern_dense", "modern_dense_control", "modern_moe",
     "modern_moe_tuned", "modern_moe_char_01", "modern_moe_char_02", "bpe_test", "bpe_improved",
 )  # fmt: skip
+FRONTIER = ("laptop", "shakespeare", "saltmarsh")
 SECONDS = (
     "--model.n_layer", 1, "--model.n_head", 2, "--model.n_embd", 8, "--model.block_size", 16, "--data.batch_size", 2,
     "--trainer.max_steps", 2, "--data.max_eval_tokens", 64, "--wandb", "null",
@@ -97,7 +98,9 @@ def resolved_leaves(*names: str) -> dict[str, Any]:
 # Every config runs.
 
 
-@pytest.mark.parametrize("name", ["default", *AXES, *(f"journey/{run}" for run in JOURNEY)])
+@pytest.mark.parametrize(
+    "name", ["default", *AXES, *(f"journey/{run}" for run in JOURNEY), *(f"frontier/{run}" for run in FRONTIER)]
+)
 def test_a_config_runs(minigpt: MiniGPT, tmp_path: Path, text_file: Path, name: str) -> None:
     done = minigpt("fit", "-c", name, *SECONDS, "--data.path", text_file, "--run_dir", tmp_path / "run")
     assert done.status == 0, done.err
@@ -157,6 +160,27 @@ def test_a_config_holds_only_differences(name: str) -> None:
     for leaf, value in leaves(config(name)):
         if leaf != "model.class_path":  # named also where it is the default's, so that every order works
             assert any(other.get(leaf) != settings[leaf] for other in others), f"{leaf}: {value} changes nothing"
+
+
+# The frontier: what each recipe may use.
+
+
+@pytest.mark.parametrize(
+    ("name", "most_parameters", "most_tokens"),
+    [("laptop", 820_000, 1_536_000), ("shakespeare", 10_700_000, 5000 * 64 * 256)],
+)
+def test_a_recipe_keeps_to_its_budget(name: str, most_parameters: int, most_tokens: int) -> None:
+    settings = resolve(f"frontier/{name}")
+    sizes, trainer = settings["model"]["init_args"], settings["trainer"]
+    tokens = trainer["max_steps"] * trainer["accumulate_grad_batches"] * settings["data"]["batch_size"]
+    assert tokens * sizes["block_size"] <= most_tokens
+    with torch.device("meta"):
+        net = ModernLM(**{**sizes, "vocab_size": 65}).net  # tiny Shakespeare's
+    assert net.params_active() <= most_parameters
+
+
+def test_the_frontier_is_all_tested() -> None:
+    assert sorted(path.stem for path in (CONFIGS / "frontier").glob("*.yaml")) == sorted(FRONTIER)
 
 
 # The seed document's runs.
