@@ -21,21 +21,25 @@ from minigpt_pl.stopping import StopEarly, StopTraining
 from minigpt_pl.text import write_atomically
 
 SUMMARY = "summary.json"
+DESCRIBE = ("--always", "--dirty", "--abbrev=40", "--exclude=*")
 ENDS_BY_ITSELF = ("completed", "early_stopping", "time_limit")
 
 
 def git_commit() -> str | None:
-    """The commit of the package's checkout, or None; "-dirty" where files differ from it."""
-    here = Path(__file__).parent
+    """The commit of the package's checkout, "-dirty" where files differ from it; None where the package is in none.
+
+    A repository that merely lies around it, as around an environment in a folder of one, does not track this file.
+    """
+    asked = ("ls-files", "--error-unmatch", Path(__file__).name), ("describe", *DESCRIBE)
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True,
-            start_new_session=True,  # no Ctrl-C for it
-        )  # fmt: skip
+        for words in asked:
+            done = subprocess.run(
+                ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True,
+                start_new_session=True,  # no Ctrl-C for it
+            )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip()
+    return done.stdout.strip()
 
 
 class RunSummary(Callback):

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import subprocess
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -22,6 +23,7 @@ from conftest import Outcome
 from torch.nn.functional import cross_entropy
 
 from minigpt_pl import load_checkpoint
+from minigpt_pl import summary as summary_room
 from minigpt_pl.__main__ import main
 from minigpt_pl.checkpoint import read_checkpoint
 
@@ -219,6 +221,29 @@ def test_summary_json_has_the_figures_of_the_run(finished: tuple[Path, Outcome],
     weights = {name: w for name, w in saved["state_dict"].items() if name != "net.head.weight"}  # tied to the embedding
     assert summary["params_total"] == summary["params_active"] == sum(w.numel() for w in weights.values())
     assert summary["versions"]["torch"] == torch.__version__
+
+
+def test_the_commit_is_that_of_the_package_and_of_no_repository_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> str:
+        person = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(["git", *person, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    package = tmp_path / "site-packages" / "minigpt_pl"
+    package.mkdir(parents=True)
+    (package / "summary.py").write_text("")
+    monkeypatch.setattr(summary_room, "__file__", str(package / "summary.py"))
+    assert summary_room.git_commit() is None
+    git("init")
+    git("commit", "--allow-empty", "--message", "of somebody else")
+    assert summary_room.git_commit() is None
+    git("add", ".")
+    git("commit", "--message", "its own")
+    commit = git("rev-parse", "HEAD").strip()
+    assert summary_room.git_commit() == commit
+    (package / "summary.py").write_text("changed")
+    assert summary_room.git_commit() == f"{commit}-dirty"
 
 
 def test_a_run_ends_with_a_table_and_a_sample(finished: tuple[Path, Outcome]) -> None:
