@@ -3,6 +3,7 @@
 `python tests/test_docs.py` writes docs/configuration.md anew.
 """
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import yaml
 from conftest import PROJECT, Outcome
+from curve import PICTURE, draw
 
 from minigpt_pl.errors import InputError, is_first_process
+from minigpt_pl.floors import floors
 from minigpt_pl.helptext import KINDS, kind
 from minigpt_pl.run_dir import choose
 from minigpt_pl.settings import CONFIGS, Setting, catalogue, leaves, plain_name
@@ -167,6 +170,35 @@ def test_of_processes_started_side_by_side_one_is_the_first(name: str, monkeypat
     assert choose("runs/x", None, "ModernLM") == (Path("runs/x"), False)
     with pytest.raises(InputError, match="give --run_dir"):
         choose("", None, "ModernLM")
+
+
+def labels(picture: Path) -> set[str]:
+    """What stands beside the lines of a learning curve, such as `bigram 2.334`."""
+    return set(re.findall(r">(\S+ (?:model )?\d\.\d{3})</text>", picture.read_text("utf-8")))
+
+
+def expected_labels(text: str, best: float) -> set[str]:
+    values = {name: figures["nats_per_char"] for name, figures in floors(text).items()} | {"this model": best}
+    return {f"{name} {value:.3f}" for name, value in values.items()}
+
+
+def test_the_curve_is_that_of_the_run_that_readme_shows() -> None:
+    readme = (PROJECT / "README.md").read_text("utf-8")
+    best = float(re.findall(r"^\| `val/nats_per_char` .* (\d\.\d+) \|$", readme, re.MULTILINE)[0])
+    assert f"{best:.3f}" == f"{float(re.findall(r'best val/loss (.*?) ', readme)[0]):.3f}"
+    assert labels(PICTURE) == expected_labels("data/input.txt", best)
+
+
+def test_a_run_is_drawn_beside_the_floors_of_its_text(trained: Path, tmp_path: Path) -> None:
+    draw(trained / "run", tmp_path / "curve.svg")
+    best = json.loads((trained / "run" / "summary.json").read_text("utf-8"))["best_nats_per_char"]
+    assert labels(tmp_path / "curve.svg") == expected_labels(str(trained / "my.txt"), best)
+
+
+def test_readme_leads_to_every_page() -> None:
+    readme = (PROJECT / "README.md").read_text("utf-8")
+    for page in [*PAGES, *PROJECT.glob("docs/*.svg")]:
+        assert f"(docs/{page.name})" in readme, page.name
 
 
 HEAD = """# Every option
