@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -143,6 +144,12 @@ class Wandb:
                 f"--wandb: W&B refuses: {str(error).rstrip('.')}; mend that, or give --wandb null"
             ) from error
         return logger
+
+
+def new_run_id() -> str:
+    """What W&B will know a run by. In a sweep its agent has chosen it, and W&B heeds no other."""
+    chosen = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+    return chosen or secrets.token_hex(4)
 
 
 @contextmanager

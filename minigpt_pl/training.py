@@ -3,7 +3,6 @@
 What is parsed and built for every command is in `cli`; what a callback does in the room that it is from.
 """
 
-import secrets
 import signal
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +16,7 @@ from minigpt_pl.callbacks import Bar, SeedSteps, TrainFigures
 from minigpt_pl.checkpoint import SAVED_BEFORE, AtomicCheckpointIO, progress
 from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError, say
-from minigpt_pl.loggers import MetricsCSV, recording
+from minigpt_pl.loggers import MetricsCSV, new_run_id, recording
 from minigpt_pl.modules import LanguageModel
 from minigpt_pl.saving import BestCheckpoint, LastCheckpoint, SaveSettings
 from minigpt_pl.stopping import StopTraining
@@ -46,7 +45,7 @@ class Training:
         init: Any,
     ):
         self.run_dir, self.goes_on, self.saved, self.settings, self.init = run_dir, goes_on, saved, settings, init
-        self.wandb_id = saved["wandb_id"] if goes_on else secrets.token_hex(4)
+        self.wandb_id = saved["wandb_id"] if goes_on else new_run_id()
         branches = bool(saved) and not goes_on
         self.summary = RunSummary(
             settings, str(start) if branches else None, saved["global_step"] if branches else None

@@ -128,19 +128,31 @@ def test_export_and_floors_run(minigpt: Callable[..., Outcome], trained: Path, t
         assert done.status == 0, f"{command}: {done.err}"
 
 
-def test_the_sweep_calls_our_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its command as the agent would fill it in: --NAME=VALUE for each parameter."""
+def test_the_sweep_calls_our_command_line(
+    monkeypatch: pytest.MonkeyPatch, minigpt: Callable[..., Outcome], trained: Path, tmp_path: Path
+) -> None:
+    """Its command as the agent would fill it in, --NAME=VALUE for each parameter: run, but offline and small."""
+    import wandb
+
+    from minigpt_pl.checkpoint import read_checkpoint
+    from minigpt_pl.summary import RunSummary
+
     sweep = yaml.safe_load((PROJECT / "docs" / "wandb-sweep.yaml").read_text("utf-8"))
     arguments = [f"--{name}={found['values'][0]}" for name, found in sweep["parameters"].items()]
     filled = {"${env}": [], "${interpreter}": ["python"], "${args}": arguments}
     words = [word for part in sweep["command"] for word in filled.get(part, [part])]
     assert words[:2] == ["python", "main.py"]
-    parsed(words[2:], monkeypatch)
-    with pytest.raises(InputError):
-        parsed([*words[2:], "--model.lrr=1"], monkeypatch)
-    from minigpt_pl.summary import RunSummary
-
     assert sweep["metric"]["name"] in RunSummary({}, None, None).best
+    assert minigpt(*words[2:], "--model.lrr=1").status == 2
+
+    wandb.setup()  # before it learns of a sweep, which the tests after this one have no part in
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen")
+    small = ("-c", "smoke", "--data.path", trained / "my.txt", "--samples", "null", "--wandb.offline=true")
+    done = minigpt(*words[2:], *small, "--run_dir", tmp_path / "run")
+    assert done.status == 0, done.err
+    assert list(tmp_path.glob("run/wandb/offline-run-*-chosen"))
+    assert read_checkpoint(tmp_path / "run" / "last.ckpt")["wandb_id"] == "chosen"
 
 
 @pytest.mark.parametrize("page", [*PAGES, PROJECT / "README.md"], ids=lambda page: page.name)
