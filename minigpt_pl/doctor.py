@@ -4,6 +4,8 @@ The same model is built, trained for a few steps and thrown away; nothing is wri
 """
 
 import copy
+import math
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from torch import Tensor
 from minigpt_pl.cli import MiniGPTCLI
 from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError
+from minigpt_pl.floors import LONGEST_FOR_FLOORS, floors
 from minigpt_pl.helptext import asks_for_help, page, quiet
 from minigpt_pl.models import GPT, nll
 from minigpt_pl.modules import LanguageModel
@@ -25,6 +28,9 @@ from minigpt_pl.windows import TrainBatches
 
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 GOOD, BAD, TOLD = "ok  ", "BAD ", "    "
+ABOUT = """Would fit run well here, with these settings? Says of each device whether attention is causal, gradients
+are those of the CPU and a step repeats itself; speed, time and memory; and what losses are normal on this text.
+Nothing is written. Exit status 2 if anything is BAD."""
 MOST_MPS_TOKENS = 32_768  # above it gradients on MPS have been wrong by orders of magnitude (pytorch issue 177116)
 
 
@@ -100,7 +106,8 @@ def memory(device: str) -> str | None:
         import resource
 
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-        return f"{used / 2**30:.2f} GiB used at most by this process"
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return f"{used / 2**30:.2f} GiB used at most by this process, {there / 2**30:.1f} GiB in the machine"
     except ImportError:  # Windows has no resource
         return None
 
@@ -132,11 +139,22 @@ def examine(model: GPT, data: TextDataModule, device: str, precision: str, train
         yield f"{BAD}micro-batch: {tokens} tokens; gradients go wrong above {MOST_MPS_TOKENS}: lower data.batch_size"
     here.train()
     seconds = speed(here, ids_here, precise, steps=5)
-    minutes = seconds * trainer.max_steps * trainer.accumulate_grad_batches / 60
+    whole = seconds * trainer.max_steps * trainer.accumulate_grad_batches
+    said = f"{whole / 60:.1f} min" if whole > 60 else f"{whole:.0f} s"
     yield f"{TOLD}speed: {tokens / seconds:,.0f} tokens/s"
-    yield f"{TOLD}time: {trainer.max_steps} steps will take about {minutes:.1f} min, checks aside"
+    yield f"{TOLD}time: {trainer.max_steps} steps will take about {said}, checks aside"
     if used := memory(device):
         yield f"{TOLD}memory: {used}"
+
+
+def expected_losses(data: TextDataModule) -> str:
+    """What losses are normal on a text, in a line."""
+    said = f"a fresh model's loss is near {math.log(data.vocab_size):.2f} nats/token"
+    if data.text_info.characters > LONGEST_FOR_FLOORS:
+        return f"{said}; minigpt floors says what simple methods reach"
+    found = floors(str(data.found_path()), data.train_frac, data.test_frac)
+    reached = ", ".join(f"{name} {found[name]['nats_per_char']:.2f}" for name in ("bigram", "5-gram", "xz"))
+    return f"{said}; a trained one's should fall below {reached} nats/char"
 
 
 class Doctor(MiniGPTCLI):
@@ -160,8 +178,11 @@ class Doctor(MiniGPTCLI):
             for verdict in chain(verdicts, examine(model.net, self.datamodule, device, precision, trainer)):
                 print(f"  {verdict}", flush=True)
                 bad += verdict.startswith(BAD)
+        print()
         if devices == ["cpu"]:
-            print("\nno MPS and no CUDA here: a run will use the CPU")
+            print("no MPS and no CUDA here: a run will use the CPU")
+        print(f"loss: {expected_losses(self.datamodule)}")
+        print("not all is well: see the lines that begin with BAD" if bad else "all is well")
         self.status = 2 if bad else 0
 
 
@@ -169,6 +190,7 @@ def run(command: str, options: list[str]) -> int:
     """Examines the CPU, and MPS or CUDA where there is one; takes the options of fit. 0 if all is well, else 2."""
     quiet()
     if asks_for_help(options):
-        print(page("fit", options).replace("minigpt fit", f"minigpt {command}", 1))
+        usage, rest = page("fit", options).split("\n", 1)
+        print(f"{usage.replace('minigpt fit', f'minigpt {command}')}\n{ABOUT}\n{rest}")
         return 0
     return Doctor("fit", options).status

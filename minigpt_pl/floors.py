@@ -16,6 +16,7 @@ from minigpt_pl.errors import InputError
 
 ORDERS = range(1, 7)
 MOST_CHARACTERS = 20_000_000  # of the train part that is counted: its end, next to what is scored
+LONGEST_FOR_FLOORS = 2_000_000  # characters that are counted unasked: more would take many seconds
 
 
 def ngram_nats(train: NDArray[np.int64], scored: NDArray[np.int64], vocab_size: int) -> list[float]:

@@ -22,12 +22,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt_pl.checkpoint import BEST, TEMPORARY
 from minigpt_pl.errors import InputError
-from minigpt_pl.floors import floors
+from minigpt_pl.floors import LONGEST_FOR_FLOORS, floors
 from minigpt_pl.summary import SUMMARY, git_commit
 
 FIRST = ["step", "part"]
 STEP = "trainer/global_step"  # W&B's x axis, in completed steps
-LONGEST_FOR_FLOORS = 2_000_000  # characters: more would hold up the first check for many seconds
 
 
 class MetricsCSV(Logger):

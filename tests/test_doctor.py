@@ -1,5 +1,7 @@
 """The doctor: all well on this machine; a leak and a harmful version are told."""
 
+import re
+
 import pytest
 import torch
 
@@ -32,6 +34,21 @@ def test_harmful_versions():
     assert "malware" in malware
 
 
+def test_what_is_bad_costs_the_exit_status(minigpt, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minigpt_pl.summary.version", lambda name: "2.6.3")
+    outcome = minigpt("doctor", "-c", "smoke")
+    assert outcome.status == 2
+    assert "  BAD versions: lightning 2.6.3" in outcome.out
+    assert outcome.out.splitlines()[-1] == "not all is well: see the lines that begin with BAD"
+
+
+def test_help_says_what_it_is_for(minigpt):
+    lines = minigpt("doctor", "--help").out.splitlines()
+    assert lines[0] == "usage: minigpt doctor [options]"
+    assert lines[1].startswith("Would fit run well here")
+
+
 def test_the_command(minigpt, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     outcome = minigpt("doctor", "-c", "smoke")
@@ -41,5 +58,12 @@ def test_the_command(minigpt, monkeypatch, tmp_path):
     assert "  ok  repeatability: the same step twice is bit-equal" in lines
     assert any("tokens/s" in line for line in lines)
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        assert lines[-1] == "no MPS and no CUDA here: a run will use the CPU"
+        assert lines[-3] == "no MPS and no CUDA here: a run will use the CPU"
+    assert re.search(r"time: 20 steps will take about \d+ s,", outcome.out)
+    floors = {row[0]: float(row[1]) for row in map(str.split, minigpt("floors").out.splitlines()[1:])}
+    reached = ", ".join(f"{name} {floors[name]:.2f}" for name in ("bigram", "5-gram", "xz"))
+    assert lines[-2] == (
+        f"loss: a fresh model's loss is near 4.11 nats/token; a trained one's should fall below {reached} nats/char"
+    )
+    assert lines[-1] == "all is well"
     assert list(tmp_path.iterdir()) == []

@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "results": "checkpoint data generation models modules settings summary",
     "plans": "checkpoint cli data results settings statistics summary text tokens",
     "study": "checkpoint floors helptext loggers plans results text",
-    "doctor": "cli data helptext models modules optim summary windows",
+    "doctor": "cli data floors helptext models modules optim summary windows",
     "__main__": "cli doctor export floors study",  # by their names, when a command needs them
     "__init__": "api",
 }
