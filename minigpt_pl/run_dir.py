@@ -44,13 +44,19 @@ def choose(said: str, checkpoint: Path | None, model: str) -> tuple[Path, bool]:
         )
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{model}"
     run_dir = checkpoint.parent if goes_on and checkpoint else Path(said).expanduser() if said else Path("runs", name)
-    if not first and not (said or goes_on):  # no process is the parent of this one: they cannot agree on a time
+    if not (said or goes_on) and (not first or has_siblings()):
         raise InputError("several processes were started, each with its own clock: give --run_dir")
     if not first:
         return run_dir, goes_on
     refuse_other_run(run_dir, goes_on)
     os.environ["MINIGPT_RUN_DIR"], os.environ["MINIGPT_GOES_ON"] = str(run_dir), str(int(goes_on))
     return run_dir, goes_on
+
+
+def has_siblings() -> bool:
+    """Whether torchrun or SLURM started others beside this process; none of them could tell the rest a time."""
+    counts = {"TORCHELASTIC_RUN_ID": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}
+    return any(mark in os.environ and int(os.environ.get(count) or 1) > 1 for mark, count in counts.items())
 
 
 def refuse_other_run(run_dir: Path, goes_on: bool) -> None:

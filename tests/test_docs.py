@@ -4,8 +4,11 @@
 """
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,6 +187,22 @@ def test_of_processes_started_side_by_side_one_is_the_first(name: str, monkeypat
         choose("", None, "ModernLM")
 
 
+@pytest.mark.parametrize(("mark", "count"), [("TORCHELASTIC_RUN_ID", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
+def test_the_first_of_several_says_that_they_need_a_place(
+    mark: str, count: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only it speaks; did it wait for the others, which have ended, nobody would say why."""
+    monkeypatch.delenv("MINIGPT_RUN_DIR", raising=False)
+    monkeypatch.setenv(mark, "0")
+    monkeypatch.setenv(count, "2")
+    assert is_first_process()
+    with pytest.raises(InputError, match="give --run_dir"):
+        choose("", None, "ModernLM")
+    assert choose("runs/x", None, "ModernLM") == (Path("runs/x"), False)
+    monkeypatch.setenv(count, "1")
+    assert choose("", None, "ModernLM")[0].parent == Path("runs")
+
+
 def labels(picture: Path) -> set[str]:
     """What stands beside the lines of a learning curve, such as `bigram 2.334`."""
     return set(re.findall(r">(\S+ (?:model )?\d\.\d{3})</text>", picture.read_text("utf-8")))
@@ -211,6 +230,40 @@ def test_readme_leads_to_every_page() -> None:
     readme = (PROJECT / "README.md").read_text("utf-8")
     for page in [*PAGES, *PROJECT.glob("docs/*.svg")]:
         assert f"(docs/{page.name})" in readme, page.name
+
+
+@pytest.mark.slow
+def test_torchrun_trains_on_two_devices_and_goes_on(trained: Path, tmp_path: Path) -> None:
+    """The page's command, on CPUs and small: one run, said once, continued, and refused where it has no place."""
+
+    def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
+        small = ("--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices", "2")
+        start = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        return subprocess.run(
+            [*map(str, (*start, PROJECT / "main.py", "fit", *small, *words))],
+            cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        )  # fmt: skip
+
+    def steps() -> tuple[int, int]:
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
+        return summary["total_steps"], summary["tokens_seen"]
+
+    text = ("-c", "smoke", "--data.path", trained / "my.txt")
+    done = torchrun(*text, "--run_dir", "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best val/loss") == 1
+    assert steps() == (20, 20 * 8 * 32)
+    assert len(list(tmp_path.glob("run/wandb/offline-run-*"))) == 1
+    more = torchrun("--run_dir", "run", "--ckpt_path", "last", "--trainer.max_steps", 30)
+    assert more.returncode == 0, more.stderr
+    assert steps() == (30, 30 * 8 * 32)
+    again = torchrun(*text, "--run_dir", "run")
+    assert again.returncode != 0
+    assert again.stderr.count("error: --run_dir run holds a run") == 1
+    nowhere = torchrun(*text)
+    assert nowhere.returncode != 0
+    assert "give --run_dir" in nowhere.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 HEAD = """# Every option
@@ -242,11 +295,17 @@ def configuration() -> str:
         default = defaults.get(name, setting.default)
         shown = "-" if default is Setting._field_defaults["default"] or default in ("", None) else f"`{plain(default)}`"
         value = (KINDS.get(name) if name in KINDS else kind(setting.type)) or "-"
-        text = f"{setting.only}: {setting.help}" if setting.only else setting.help
+        text = f"{setting.only}: {setting.help}" if setting.only else in_our_words(setting.help)
         commands_ = "all" if len(where) == len(COMMANDS) else ", ".join(where)
         cells = [f"`--{name}`", value, shown, commands_, text]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def in_our_words(text: str) -> str:
+    """Lightning's help in this page's markup, without the default, which has a column."""
+    text = re.sub(r":paramref:`~[\w.]+\.(\w+)`", r"`\1`", text)
+    return re.sub(r"\s*Default: ``.*?``\.$", "", text).replace("``", "`")
 
 
 def plain(value: Any) -> str:
