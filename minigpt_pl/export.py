@@ -229,7 +229,7 @@ def export(checkpoint: Path, out: Path) -> list[Path]:
     try:
         from safetensors.torch import save_file
     except ImportError:
-        raise InputError('export needs safetensors: pip install "minigpt_pl[export]"') from None
+        raise InputError("export needs safetensors: pip install safetensors") from None
     saved = read_checkpoint(checkpoint)
     model = from_checkpoint(saved).net
     tokenizer = tokenizers.load(saved["TextDataModule"]["tokenizer"])

@@ -16,7 +16,11 @@ SMALL_FIT = (
     "--model.n_layer", "1", "--model.n_head", "2", "--model.n_embd", "16", "--model.block_size", "16",
     "--data.batch_size", "2", "--data.eval_every", "4", "--data.max_eval_tokens", "64", "--trainer.max_steps",
 )  # fmt: skip
-SMALL = {"predict": ("--sample.max_new_tokens", "5"), "validate": ("--data.max_eval_tokens", "64")}
+SMALL = {
+    "predict": ("--sample.max_new_tokens", "5"),
+    "validate": ("--data.max_eval_tokens", "64"),
+    "doctor": ("-c", "smoke"),
+}
 
 
 def blocks(language: str) -> list[str]:
