@@ -4,11 +4,8 @@
 """
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,40 +227,6 @@ def test_readme_leads_to_every_page() -> None:
     readme = (PROJECT / "README.md").read_text("utf-8")
     for page in [*PAGES, *PROJECT.glob("docs/*.svg")]:
         assert f"(docs/{page.name})" in readme, page.name
-
-
-@pytest.mark.slow
-def test_torchrun_trains_on_two_devices_and_goes_on(trained: Path, tmp_path: Path) -> None:
-    """The page's command, on CPUs and small: one run, said once, continued, and refused where it has no place."""
-
-    def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
-        small = ("--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices", "2")
-        start = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-        return subprocess.run(
-            [*map(str, (*start, PROJECT / "main.py", "fit", *small, *words))],
-            cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        )  # fmt: skip
-
-    def steps() -> tuple[int, int]:
-        summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
-        return summary["total_steps"], summary["tokens_seen"]
-
-    text = ("-c", "smoke", "--data.path", trained / "my.txt")
-    done = torchrun(*text, "--run_dir", "run")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("best val/loss") == 1
-    assert steps() == (20, 20 * 8 * 32)
-    assert len(list(tmp_path.glob("run/wandb/offline-run-*"))) == 1
-    more = torchrun("--run_dir", "run", "--ckpt_path", "last", "--trainer.max_steps", 30)
-    assert more.returncode == 0, more.stderr
-    assert steps() == (30, 30 * 8 * 32)
-    again = torchrun(*text, "--run_dir", "run")
-    assert again.returncode != 0
-    assert again.stderr.count("error: --run_dir run holds a run") == 1
-    nowhere = torchrun(*text)
-    assert nowhere.returncode != 0
-    assert "give --run_dir" in nowhere.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 HEAD = """# Every option
