@@ -56,9 +56,9 @@ class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight (Zhang & Sennrich, arXiv 1910.07467); torch's own but for training on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return super().forward(x)
-        return FastRMSNorm.apply(x, self.weight, self.eps)
+        if torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return FastRMSNorm.apply(x, self.weight, self.eps)
+        return torch.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
 class FastRMSNorm(torch.autograd.Function):

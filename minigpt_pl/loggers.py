@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -92,6 +93,31 @@ class MetricsCSV(Logger):
         os.replace(temporary, self.path)
 
 
+class Bundled(WandbLogger):
+    """W&B's logger, which is handed its rows a few seconds' worth at a time.
+
+    Each call of W&B wakes threads and a process of its own, which costs a small model more than a step does.
+    """
+
+    seconds = 2.0  # how late a row may be
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self._rows: list[tuple[dict[str, Any], int | None]] = []
+        self._handed_over = time.monotonic()
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        self._rows.append((dict(metrics), step))
+        if time.monotonic() - self._handed_over >= self.seconds:
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Gives W&B what it has not had yet."""
+        rows, self._rows, self._handed_over = self._rows, [], time.monotonic()
+        for metrics, step in rows:
+            super().log_metrics(metrics, step)
+
+
 @dataclass
 class Wandb:
     """Weights & Biases. `--wandb null` does without.
@@ -114,7 +140,7 @@ class Wandb:
     tags: list[str] | None = None
     log_best: bool = False
 
-    def logger(self, run_dir: Path, run_id: str, settings: dict[str, Any]) -> WandbLogger:
+    def logger(self, run_dir: Path, run_id: str, settings: dict[str, Any]) -> Bundled:
         """A logger whose run has begun.
 
         Args:
@@ -132,7 +158,7 @@ class Wandb:
         # Lightning's own offline=True leaks into os.environ.
         options["mode"] = "offline" if options.pop("offline") else "online"
         quiet = wandb.Settings(silent=True, console="off")
-        logger = WandbLogger(save_dir=str(run_dir), id=run_id, config=settings, settings=quiet, **options)
+        logger = Bundled(save_dir=str(run_dir), id=run_id, config=settings, settings=quiet, **options)
         del logger._wandb_init["anonymous"]  # wandb warns of it
         try:
             if not self.offline and not wandb.login(prompt=False):
@@ -181,6 +207,7 @@ def recording(
         failed = False
     finally:
         if run is not None:
+            logger.hand_over()
             close(run, run_dir, trainer.global_step, said.log_best)
             run.finish(exit_code=int(failed))
         for name in os.environ.keys() - before.keys():
@@ -202,7 +229,7 @@ def close(run: Any, run_dir: Path, steps: int, log_best: bool) -> None:
 class Panels(Callback):
     """What W&B alone shows: what was trained on what, memory, floors, and a table of samples that grows."""
 
-    def __init__(self, logger: WandbLogger):
+    def __init__(self, logger: Bundled):
         self.logger = logger
         self._floors: dict[str, float] | None = None
 
@@ -232,6 +259,7 @@ class Panels(Callback):
             # All rows each time, in a new table: one that is logged twice shows its first rows only.
             shown["samples"] = wandb.Table(columns=["step", "text"], data=rows, log_mode="MUTABLE")
         self.logger.log_metrics(shown, trainer.global_step)
+        self.logger.hand_over()
 
     def floors_of(self, data: Any) -> dict[str, float]:
         """Flat lines to draw beside val/nats_per_char; none for a long text."""

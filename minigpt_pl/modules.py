@@ -112,8 +112,7 @@ class LanguageModel(LightningModule, ABC):
         inputs, targets = batch
         logits, aux = self.net(inputs)
         loss = nll(logits, targets).mean()
-        self.sums[0] += loss.detach()
-        self.sums[1] += aux.detach()
+        self.sums[:2].add_(torch.stack([loss, aux]).detach())
         return self.whole_loss(loss, aux)
 
     def whole_loss(self, loss: Tensor, aux: Tensor) -> Tensor:
@@ -125,7 +124,8 @@ class LanguageModel(LightningModule, ABC):
     ) -> None:
         # Lightning's own clipping keeps the norm to itself; it is logged, and tells of divergence.
         limit = math.inf if gradient_clip_val is None else gradient_clip_val
-        self.sums[2] += torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]  # every one, found faster
+        self.sums[2].add_(torch.nn.utils.clip_grad_norm_(parameters, limit))
 
     def is_finite(self) -> bool:
         """Whether the losses and gradients since the last reading, and all weights, are finite numbers."""

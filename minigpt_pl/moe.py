@@ -17,7 +17,7 @@ Gate = Literal["softmax_all", "softmax_selected"]
 
 
 class MoE(nn.Module):
-    """Top-k mixture of experts, dropless; returns (y, aux loss).
+    """Top-k mixture of experts, dropless; returns (y, aux loss), the latter None without gradients.
 
     Args:
         n_embd: Width C.
@@ -42,8 +42,8 @@ class MoE(nn.Module):
         self.last_routing: tuple[Tensor, Tensor] | None = None
         """Of the last forward pass, detached: share of the token-choice pairs (E,), mean router probability (E,)."""
 
-    def route(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights (N, K) and indices (N, K) of the chosen experts, and the aux loss.
+    def route(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weights (N, K) and indices (N, K) of the chosen experts, and the aux loss, or None without gradients.
 
         The aux loss is E * sum_e(share_e * mean probability_e): 1 when all experts share alike, E when one has all.
         """
@@ -53,7 +53,7 @@ class MoE(nn.Module):
         if self.gate == "softmax_selected":
             weights_NK = logits_NE.gather(1, chosen_NK).softmax(-1)
         if not torch.is_grad_enabled():  # in checks and generation nobody asks for the balance
-            return weights_NK, chosen_NK, x_NC.new_zeros(())
+            return weights_NK, chosen_NK, None
         share_E = self.count(chosen_NK).float() / chosen_NK.numel()
         mean_E = probs_NE.mean(0)
         self.last_routing = share_E, mean_E.detach()
@@ -63,13 +63,12 @@ class MoE(nn.Module):
         """How many token-choice pairs each expert has (E,); unlike bincount it never waits for the device."""
         return (chosen_NK.unsqueeze(-1) == torch.arange(self.n_experts, device=chosen_NK.device)).sum((0, 1))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         x_NC = x.flatten(0, -2)
         weights_NK, chosen_NK, aux = self.route(x_NC)
         if len(x_NC) == 1:  # one stream of text: nothing to sort
-            y_KC = torch.cat(
-                [F.linear(swiglu(F.linear(x_NC, self.gate_up[e])), self.down[e]) for e in chosen_NK[0].tolist()]
-            )
+            ys = [F.linear(swiglu(F.linear(x_NC, self.gate_up[e])), self.down[e]) for e in chosen_NK[0].tolist()]
+            y_KC = ys[0] if self.top_k == 1 else torch.cat(ys)
             return (weights_NK.type_as(y_KC) @ y_KC).view_as(x), aux
         return self.dispatch(x_NC, weights_NK, chosen_NK).view_as(x), aux
 
@@ -82,7 +81,8 @@ class MoE(nn.Module):
         counts = counts_E if grouped else counts_E.tolist()  # the one wait for the device
         sorted_y = grouped_linear(swiglu(grouped_linear(sorted_x, self.gate_up, counts)), self.down, counts)
         y_NKC = torch.empty_like(sorted_y).index_copy(0, order, sorted_y).view(*chosen_NK.shape, -1)
-        return (y_NKC * weights_NK.unsqueeze(-1).type_as(y_NKC)).sum(1)
+        weighted_NKC = y_NKC * weights_NK.unsqueeze(-1).type_as(y_NKC)
+        return weighted_NKC.squeeze(1) if self.top_k == 1 else weighted_NKC.sum(1)
 
 
 def has_grouped_product(rows: Tensor, *weights: Tensor) -> bool:

@@ -52,6 +52,9 @@ class BestCheckpoint(ModelCheckpoint):
     def state_key(self) -> str:
         return type(self).__name__
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """A check has to come first."""
+
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         self.saved_step = trainer.global_step
         super()._save_checkpoint(trainer, filepath)

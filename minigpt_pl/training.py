@@ -22,6 +22,19 @@ from minigpt_pl.saving import BestCheckpoint, LastCheckpoint, SaveSettings
 from minigpt_pl.stopping import StopTraining
 from minigpt_pl.summary import RunSummary
 
+IN_EACH_STEP = (
+    "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
+    "on_before_optimizer_step", "on_train_batch_end",
+)  # fmt: skip
+
+
+def without_idle_hooks(callback: Callback) -> Callback:
+    """The callback, with None for each hook of a step that it leaves empty: Lightning calls and times even those."""
+    for hook in IN_EACH_STEP:
+        if getattr(type(callback), hook) is getattr(Callback, hook):
+            setattr(callback, hook, None)
+    return callback
+
 
 class Training:
     """A run, from its first callback to its last.
@@ -64,7 +77,7 @@ class Training:
         found += [BestCheckpoint(place), LastCheckpoint(place, init.last.every_n_train_steps, init.last.minutes)]
         found += [SaveSettings(self.settings, {"wandb_id": self.wandb_id})]
         found += [Bar()] if init.trainer.enable_progress_bar is not False else []
-        return [callback for callback in found if callback is not None]
+        return [without_idle_hooks(callback) for callback in found if callback is not None]
 
     def trainer_settings(self) -> dict[str, Any]:
         """What the Trainer is told beside the user's settings."""

@@ -60,7 +60,8 @@ class TrainBatches(Dataset[Batch]):
         step, micro = divmod(i, self.accumulate)
         begin, end = self.batch_size * micro, self.batch_size * (micro + 1)
         starts = draw_starts(end, len(self.ids) - self.block_size, self.seed, "batch", step)[begin:]
-        mine = np.array_split(starts, self.world)[self.rank]
+        share = len(starts) // self.world
+        mine = starts[self.rank * share : (self.rank + 1) * share]
         windows = torch.from_numpy(self.ids[mine[:, None] + np.arange(self.block_size + 1)].astype(np.int64))
         return Batch(windows[:, :-1], windows[:, 1:])
 

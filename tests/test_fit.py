@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Outcome
+from conftest import TINY, Outcome
 from torch.nn.functional import cross_entropy
 
 from minigpt_pl import load_checkpoint
 from minigpt_pl import summary as summary_room
 from minigpt_pl.__main__ import main
 from minigpt_pl.checkpoint import read_checkpoint
+from minigpt_pl.training import IN_EACH_STEP
 
 MiniGPT = Callable[..., Outcome]
 SIZES = (
@@ -386,3 +387,14 @@ def test_sampled_checks_estimate_both_parts(minigpt: MiniGPT, tmp_path: Path) ->
     assert said[4] != said[3]
     full = figures(minigpt("validate", *best, "--data.eval_mode", "full").out)["val/loss"]
     assert said[400] == pytest.approx(full, abs=0.02)
+
+
+def test_nobody_waits_for_hooks_that_do_nothing(minigpt: Callable[..., Outcome], tmp_path: Path) -> None:
+    profiler = ("--trainer.profiler", "SimpleProfiler", "--trainer.profiler.dirpath", tmp_path)
+    words = (*TINY, "--trainer.max_steps", 2, *profiler, "--trainer.profiler.filename", "calls")
+    assert minigpt("fit", *words, "--run_dir", tmp_path / "run").status == 0
+    (report,) = tmp_path.glob("*calls*")
+    called = set(re.findall(r"\[Callback\](\w+)\.(\w+)", report.read_text("utf-8")))
+    assert {("TrainFigures", "on_train_batch_end"), ("SeedSteps", "on_train_batch_start")} <= called
+    assert {hook for _, hook in called} & set(IN_EACH_STEP) == {"on_train_batch_start", "on_train_batch_end"}
+    assert ("RunSummary", "on_train_batch_end") not in called
