@@ -23,7 +23,16 @@ def best(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """The best checkpoint of a short run on TEXT."""
     folder = tmp_path_factory.mktemp("api")
     (folder / "text.txt").write_text(TEXT, "utf-8")
-    settings = ("--data.path", folder / "text.txt", "--data.tokenizer", request.param, "--data.bpe_vocab_size", 80)
+    settings = (
+        "--data.path",
+        folder / "text.txt",
+        "--data.train_frac",
+        0.9,
+        "--data.tokenizer",
+        request.param,
+        "--data.bpe_vocab_size",
+        80,
+    )
     assert main([str(word) for word in ("fit", *TINY, *settings, "--run_dir", folder / "r")]) == 0
     return folder / "r" / "best.ckpt"
 

@@ -3,6 +3,7 @@
 What a check counts is in test_counting, the reading of a file in test_text, tokens in test_tokenizer.
 """
 
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -228,6 +229,24 @@ def test_two_processes_at_once_agree(text_path: Path, cache: Path) -> None:
         pool.join()
     assert one == other == tokens_in_process(str(text_path))
     assert set(cached(cache)) == {"text", "merges", "tokens"}, "something was left behind"
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells")
+def test_tokens_of_a_large_text_do_not_stay_in_memory(tmp_path: Path) -> None:
+    size = token_room.LARGE + 10_000_000
+    with (tmp_path / "tokens.bin").open("wb") as file:
+        file.write(np.array([size, 0, 0]).tobytes() + bytes(size))
+    parts = token_room.map_parts(tmp_path / "tokens.bin", np.dtype(np.uint8))
+    assert parts is not None
+    before = resident()
+    for start in range(0, size - 10**6, 10**6):
+        parts["train"][np.arange(start, start + 10**6, mmap.PAGESIZE)]
+    assert resident() - before < size / 4
 
 
 # Training batches.

@@ -19,8 +19,8 @@ from minigpt_pl.modules import MOST_LOADS, ModernLM
 
 FIT = (
     "fit", "-c", "smoke", "--model.n_embd", 16, "--model.block_size", 16, "--data.batch_size", 4,
-    "--data.eval_every", 4, "--trainer.max_steps", 8, "--trainer.log_every_n_steps", 2, "--samples.max_new_tokens", 5,
-    "--trainer.enable_progress_bar", "false",
+    "--data.train_frac", 0.98, "--data.eval_every", 4, "--trainer.max_steps", 8, "--trainer.log_every_n_steps", 2,
+    "--samples.max_new_tokens", 5, "--trainer.enable_progress_bar", "false",
 )  # fmt: skip
 LOADS = {f"moe/load_{layer}_{expert}" for layer in range(2) for expert in range(4)}
 FLOORS = {f"floor/{name}" for name in ("unigram", "bigram", "trigram", "4-gram", "5-gram", "6-gram", "xz")}
