@@ -17,7 +17,7 @@ def per_second(seconds: dict[str, list[float]], tokens: int) -> dict[str, list[f
     return {name: [tokens / value for value in values] for name, values in seconds.items()}
 
 
-def test_one_stream(report: Report, nanogpt: ModuleType | None) -> None:
+def test_one_stream(report: Report, nanogpt: ModuleType | None, hugging_face: ModuleType | None) -> None:
     moe, dense, seed = ours(4).eval(), ours(0).eval(), seeds(4).eval()
     start = torch.zeros(1, 1, dtype=torch.long)
     rivals = {
@@ -31,6 +31,15 @@ def test_one_stream(report: Report, nanogpt: ModuleType | None) -> None:
         )
         classic = nanogpt.GPT(sizes).eval()
         rivals["nanoGPT"] = lambda: classic.generate(start, TOKENS, temperature=0.8)
+    if hugging_face is not None:
+        config = hugging_face.LlamaConfig(
+            vocab_size=VOCAB, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+            max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+        llama, words = hugging_face.LlamaForCausalLM(config).eval(), dict(do_sample=True, temperature=0.8, top_k=0)
+        rivals["transformers' Llama, dense twin"] = lambda: llama.generate(
+            start, attention_mask=torch.ones_like(start), max_new_tokens=TOKENS, pad_token_id=0, **words
+        )
     report.add("one stream of 300 tokens", "tokens/s", per_second(interleaved(rivals, rounds=6, warmup=1), TOKENS))
 
 

@@ -1,16 +1,15 @@
 """From a cold start: the first character of predict against `import lightning.pytorch`; the text's way to tokens."""
 
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from benchmarks.measuring import Report
 
 from minigpt_pl.__main__ import main
-from minigpt_pl.data import TextDataModule
 
 pytestmark = pytest.mark.bench
 
@@ -39,19 +38,47 @@ def test_predict_from_a_cold_start(report: Report, tmp_path: Path) -> None:
     report.add("from a cold start", "s", seconds)
 
 
-def test_big_text(report: Report, tmp_path: Path) -> None:
-    letters = np.random.default_rng(1).integers(97, 123, 10**8, dtype=np.uint8)
-    letters[::70] = 10
-    path = tmp_path / "big.txt"
-    path.write_bytes(letters.tobytes())
-    seconds = []
-    for _ in range(2):
-        began = time.perf_counter()
-        assert TextDataModule(str(path), 128, 16, 100, 1).vocab_size == 27
-        TextDataModule(str(path), 128, 16, 100, 1).read()
-        seconds.append(time.perf_counter() - began)
-    report.add(
-        "100 MB of characters to tokens",
-        "MB/s",
-        {"first start": [100 / seconds[0]], "second start": [100 / seconds[1]]},
-    )
+GIGABYTE = 10**9
+PEAK = "import resource, sys; from minigpt_pl.__main__ import main; status = main(sys.argv[1:]); "
+PEAK += "used = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]; "
+PEAK += "print('peak', max(used)); sys.exit(status)"
+
+
+def big_text(path: Path, size: int) -> None:
+    """The shipped text again and again, each time under a number, so that no line of numbers comes twice."""
+    text = Path("data/input.txt").read_bytes()
+    with path.open("wb") as file:
+        for number in range(-(-size // len(text))):
+            file.write(b"%d\n" % number + text)
+        file.truncate(size)
+
+
+def fit_of(path: Path, run_dir: Path) -> tuple[float, float, str]:
+    """Seconds and MB of memory of the largest process of a fit that trains three steps; and what it says."""
+    words = ["fit", "--data.path", str(path), "--run_dir", str(run_dir), "--trainer.max_steps", "3"]
+    words += ["--data.max_eval_tokens", "10000", "--wandb", "null", "--samples", "null"]
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", PEAK, *words], capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - began
+    return seconds, int(done.stdout.split("peak")[1]) / 1000, done.stderr
+
+
+def test_big_text(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    big = tmp_path / "big.txt"
+    big_text(big, GIGABYTE)
+    try:
+        small = fit_of(Path("data/input.txt"), tmp_path / "small")
+        first = fit_of(big, tmp_path / "first")
+        assert "tokenizing" in first[2], "there was no bar"
+        seconds: dict[str, list[float]] = {"1 GB, second start": [], "shipped text, second start": []}
+        for turn in range(3):
+            seconds["shipped text, second start"].append(fit_of(Path("data/input.txt"), tmp_path / f"s{turn}")[0])
+            seconds["1 GB, second start"].append(fit_of(big, tmp_path / f"b{turn}")[0])
+    finally:
+        big.unlink()
+        shutil.rmtree(tmp_path / "cache")
+    rate = GIGABYTE / 1e6 / (first[0] - small[0])
+    report.add("characters to tokens, two passes over 1 GB", "MB/s", {"fit": [rate]}, f"first start {first[0]:.0f} s")
+    report.add("peak memory of that fit", "MB", {"1 GB": [first[1]], "shipped text": [small[1]]})
+    report.add("a fit of three steps from a cold start", "s", seconds)

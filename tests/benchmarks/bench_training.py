@@ -69,11 +69,18 @@ def test_step_of_the_sparse_model(report: Report) -> None:
         print(name, profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=8, max_name_column_width=40))
 
 
-def test_step_of_the_classic_model(report: Report, nanogpt: ModuleType | None) -> None:
+def test_step_of_the_classic_model(report: Report, nanogpt: ModuleType | None, hugging_face: ModuleType | None) -> None:
     rivals = {"ours, classic": stepper(ClassicGPT(VOCAB, 128, 4, 4, 128, 0.2, seed=1), our_loss, 64, 128)}
     if nanogpt is not None:
         sizes = nanogpt.GPTConfig(
             block_size=128, vocab_size=VOCAB, n_layer=4, n_head=4, n_embd=128, dropout=0.2, bias=True
         )
         rivals["nanoGPT"] = stepper(nanogpt.GPT(sizes), lambda m, x, y: m(x, y)[1], 64, 128)
+    if hugging_face is not None:
+        config = hugging_face.GPT2Config(
+            vocab_size=VOCAB, n_positions=128, n_layer=4, n_head=4, n_embd=128, tie_word_embeddings=False,
+            embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.2, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        gpt2 = hugging_face.GPT2LMHeadModel(config).train()
+        rivals["transformers' GPT-2"] = stepper(gpt2, lambda m, x, y: nll(m(x).logits, y).mean(), 64, 128)
     report.add("training step, classic 4 x 128, 64 x 128 tokens, dropout 0.2", "s", interleaved(rivals, ROUNDS))

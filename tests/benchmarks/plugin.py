@@ -4,6 +4,7 @@
 keeps the figures. Nothing here asserts a time: ratios are for people to read.
 """
 
+import importlib
 import importlib.util
 import json
 import os
@@ -42,6 +43,12 @@ def nanogpt(request: pytest.FixtureRequest) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def hugging_face() -> Any:
+    """The transformers package, or None."""
+    return importlib.import_module("transformers") if importlib.util.find_spec("transformers") else None
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
