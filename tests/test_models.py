@@ -11,7 +11,7 @@ import torch
 from tiny_models import KINDS, VOCAB, build, lively, redraw, some_ids
 from torch import Tensor, nn
 
-from minigpt_pl.layers import LayerCache, ShortConv
+from minigpt_pl.layers import LayerCache, ShiftedSum, ShortConv
 from minigpt_pl.models import nll
 from minigpt_pl.optim import build_optimizer
 
@@ -266,6 +266,12 @@ def test_a_short_convolution_is_the_sum_of_its_taps() -> None:
     cache = LayerCache(6)
     pieces = [conv(piece, cache) for piece in x.split([1, 3, 1, 1], 1)]
     torch.testing.assert_close(torch.cat(pieces, 1), conv(x))
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_short_convolution_has_the_gradient_of_its_sum(width: int) -> None:
+    padded, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 7, 3), (width, 3)))
+    assert torch.autograd.gradcheck(ShiftedSum.apply, (padded, weight))
 
 
 def test_the_modern_head_is_the_embedding_and_the_classic_is_not() -> None:
