@@ -14,6 +14,7 @@ COMMANDS = {  # name: (module, what it does); each module has run(command, optio
     "test": ("minigpt_pl.cli", "score a checkpoint on the test part"),
     "predict": ("minigpt_pl.cli", "continue a prompt"),
     "study": ("minigpt_pl.study", "run configurations over seeds, and compare them"),
+    "report": ("minigpt_pl.report", "write what the results of a study say"),
     "floors": ("minigpt_pl.floors", "what n-grams and xz make of a text"),
     "export": ("minigpt_pl.export", "write a checkpoint as a Hugging Face folder"),
     "doctor": ("minigpt_pl.doctor", "check this machine"),

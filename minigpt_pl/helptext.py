@@ -39,7 +39,11 @@ def asks_for_help(words: list[str]) -> bool:
 def page(command: str, words: list[str]) -> str:
     """The help that the words ask for: of the command, of one group (--trainer.help), of one model's settings."""
     group = next(word for word in words if asks_for_help([word])).partition("=")[0].lstrip("-").rpartition(".")[0]
-    models = [name for name in ("ClassicLM", "ModernLM") if group == "model" and any(name in word for word in words)]
+    models = [
+        name
+        for name in ("ClassicLM", "LadderLM", "ModernLM")
+        if group == "model" and any(name in word for word in words)
+    ]
 
     def is_shown(name: str, setting: Setting) -> bool:
         if group:

@@ -86,7 +86,7 @@ def problem_of(one: Given, command: str, model: str) -> str | None:
         name = str(one.value).rpartition(".")[2]
         if one.name == "model":
             near = nearest(name, CLASSES)
-            hint = f"did you mean {near}?" if near else f"there are {' and '.join(CLASSES)}"
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(CLASSES)}"
             return None if name in CLASSES else f"there is no such model; {hint}"
         example = next(name for name in known if name.startswith(f"{one.name}."))
         return f"give {'null for none, or ' * GROUPS[one.name]}its settings by name, such as --{example}"

@@ -102,6 +102,12 @@ def initialise(model: nn.Module, std: Callable[[str], float], seed: int) -> None
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std(name))
 
 
+def gpt2_std(n_layer: int) -> Callable[[str], float]:
+    """GPT-2's standard deviations, by parameter name: smaller where a product feeds the residual stream."""
+    to_residual = ("attention.out.weight", "feed_forward.down.weight")
+    return lambda name: 0.02 / math.sqrt(2 * n_layer) if name.endswith(to_residual) else 0.02
+
+
 def check_sizes(**sizes: float) -> None:
     """Raises ValueError for the first size that is not positive."""
     for name, value in sizes.items():
@@ -144,8 +150,7 @@ class ClassicGPT(GPT):
         )
         self.norm = nn.LayerNorm(n_embd)
         self.head = nn.Linear(n_embd, vocab_size, bias=False)
-        to_residual = ("attention.out.weight", "feed_forward.down.weight")
-        initialise(self, lambda name: 0.02 / math.sqrt(2 * n_layer) if name.endswith(to_residual) else 0.02, seed)
+        initialise(self, gpt2_std(n_layer), seed)
 
     def embed(self, ids: Tensor, start: int) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[start : start + ids.size(1)]

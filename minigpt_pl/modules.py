@@ -16,10 +16,13 @@ from torchmetrics import MeanMetric
 from minigpt_pl.checkpoint import read_checkpoint
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation import Sampling, generate
+from minigpt_pl.ladder import RUNGS, Rung
 from minigpt_pl.models import GPT, ClassicGPT, ModernGPT, nll
 from minigpt_pl.moe import Gate
 from minigpt_pl.optim import Rule, Schedule, build_optimizer, lr_factor
 from minigpt_pl.vetting import check_sizes_fit
+
+ROPE_THETA, RMS_NORM_EPS, FFN_MULT = 10000.0, 1e-8, 2.0
 
 
 class LanguageModel(LightningModule, ABC):
@@ -228,6 +231,44 @@ class ClassicLM(LanguageModel):
         super().__init__(net, lr, weight_decay, schedule, optimizer, muon_lr, compile)
 
 
+class LadderLM(LanguageModel):
+    """A step between ClassicLM and ModernLM, for the study of what each part brings; see `ladder`.
+
+    Args:
+        vocab_size: Follows the tokenizer.
+        lr: Peak learning rate.
+        dropout: On embeddings, attention probabilities and both branches of a block.
+        weight_decay: On every parameter.
+        rung: The last part that is modern: each has those before it too.
+        n_layer: Blocks.
+        n_head: Attention heads; must divide n_embd.
+        n_embd: Width.
+        block_size: Tokens of context.
+        schedule: cosine (after a warm-up) or constant.
+        compile: Compile the model with torch.compile.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        lr: float,
+        dropout: float,
+        weight_decay: float,
+        rung: Rung = "classic",
+        n_layer: int = 4,
+        n_head: int = 4,
+        n_embd: int = 128,
+        block_size: int = 128,
+        schedule: Schedule = "cosine",
+        compile: bool = False,
+    ):
+        net = RUNGS[rung](
+            vocab_size, block_size, n_layer, n_head, n_embd, dropout, ROPE_THETA, RMS_NORM_EPS, FFN_MULT,
+            seed=torch.initial_seed(),
+        )  # fmt: skip
+        super().__init__(net, lr, weight_decay, schedule, compile)
+
+
 class ModernLM(LanguageModel):
     """Llama's decoder, small: RMSNorm, RoPE, SwiGLU; with n_experts a sparse mixture of experts.
 
@@ -268,9 +309,9 @@ class ModernLM(LanguageModel):
         n_head: int = 4,
         n_embd: int = 128,
         block_size: int = 128,
-        rope_theta: float = 10000.0,
-        rms_norm_eps: float = 1e-8,
-        ffn_mult: float = 2.0,
+        rope_theta: float = ROPE_THETA,
+        rms_norm_eps: float = RMS_NORM_EPS,
+        ffn_mult: float = FFN_MULT,
         n_experts: int = 0,
         moe_top_k: int = 1,
         moe_gate: Gate = "softmax_all",
@@ -313,7 +354,7 @@ class ModernLM(LanguageModel):
 
 
 MOST_LOADS = 30  # with two more about experts they still make a panel that can be read
-MODELS = {f"{cls.__module__}.{cls.__name__}": cls for cls in (ClassicLM, ModernLM)}
+MODELS = {f"{cls.__module__}.{cls.__name__}": cls for cls in (ClassicLM, ModernLM, LadderLM)}
 
 
 def from_checkpoint(

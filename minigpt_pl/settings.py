@@ -22,7 +22,7 @@ from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError
 from minigpt_pl.generation import Sampling
 from minigpt_pl.loggers import Wandb
-from minigpt_pl.modules import ClassicLM, ModernLM
+from minigpt_pl.modules import ClassicLM, LadderLM, ModernLM
 from minigpt_pl.samples import SampleText
 from minigpt_pl.stopping import StopEarly
 
@@ -110,7 +110,7 @@ class Setting(NamedTuple):
 @cache
 def catalogue(command: str) -> dict[str, Setting]:
     """Every setting of a command by its dotted name, in the order that --help shows."""
-    groups: dict[str, tuple[type, ...]] = {"model": (ModernLM, ClassicLM), "data": (TextDataModule,)}
+    groups: dict[str, tuple[type, ...]] = {"model": (ModernLM, ClassicLM, LadderLM), "data": (TextDataModule,)}
     if command == "fit":
         groups |= {"early_stopping": (StopEarly,), "last": (Last,), "samples": (SampleText,), "wandb": (Wandb,)}
     if command == "predict":
@@ -123,7 +123,7 @@ def catalogue(command: str) -> dict[str, Setting]:
         "ckpt_path": Setting(str, None, "The checkpoint to start from: last or best in --run_dir, or a file."),
         "seed_everything": Setting(int, help="Decides all that is random in a run."),
         "print_config": Setting(None, help="Prints the resolved settings, as a file for --config, and does nothing."),
-        "model": Setting(type, "ModernLM", "ClassicLM or ModernLM."),
+        "model": Setting(type, "ModernLM", "ModernLM, ClassicLM, or LadderLM for a step between."),
     }
     for group, classes in (groups | {"trainer": (Trainer,)}).items():
         for cls in classes:

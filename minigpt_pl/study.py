@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from jsonargparse import ArgumentParser
 from minigpt_pl import results, signals
 from minigpt_pl.checkpoint import LAST
 from minigpt_pl.errors import InputError, say
+from minigpt_pl.findings import Findings
 from minigpt_pl.floors import floors
 from minigpt_pl.helptext import quiet
 from minigpt_pl.loggers import LONGEST_FOR_FLOORS
-from minigpt_pl.plans import Run, find_study, keep_words, plan, read_study, text_of
+from minigpt_pl.plans import FLOORS, Run, find_study, keep_words, plan, read_study, text_of
+from minigpt_pl.report import overview
 from minigpt_pl.text import write_atomically
 
-FLOORS = "floors.json"
 BETWEEN_WORDS = 300.0
 """Seconds without news after which a line says how far the runs are."""
 BETWEEN_LOOKS = 0.2
@@ -183,7 +185,7 @@ def machine(jobs: int) -> str:
     """Where the runs of a study ran, in words."""
     device = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     threads = max(1, cores() // jobs)
-    return f"{device}{cores()} CPU cores ({platform.machine()}), {jobs} runs at a time with {threads} threads each"
+    return f"{device}CPU cores: {cores()} ({platform.machine()}), runs at a time: {jobs}, threads of each: {threads}"
 
 
 def duration(seconds: float) -> str:
@@ -207,8 +209,7 @@ def floors_of(runs: list[Run]) -> dict[str, Any]:
     return {"data_sha256": runs[0].data_sha256, **split, "floors": floors(text["path"], **split)}
 
 
-def run(command: str, options: list[str]) -> int:
-    """Runs a study, or goes on with it; prints what its results say so far."""
+def parser_of(command: str) -> ArgumentParser:
     parser = ArgumentParser(prog=f"minigpt {command}", exit_on_error=False, description=__doc__)
     parser.add_argument("file", type=str, help="A study file, or a shipped one such as ladder.")
     parser.add_argument("--seeds", type=int | None, default=None, help="Seeds of each run; else as the study says.")
@@ -216,7 +217,12 @@ def run(command: str, options: list[str]) -> int:
     parser.add_argument("--only", type=str, nargs="+", default=[], help="Names of the runs to do; else all.")
     parser.add_argument("--out", type=str, default="", help="Where results go; docs/results/NAME unless given.")
     parser.add_argument("--run_dir", type=str, default="", help="Where runs train; runs/NAME unless given.")
-    said = parser.parse_args(options)
+    return parser
+
+
+def run(command: str, options: list[str]) -> int:
+    """Runs a study, or goes on with it; prints what its results say so far."""
+    said = parser_of(command).parse_args(options)
     for name, value in (("seeds", said.seeds), ("jobs", said.jobs)):
         if value is not None and value < 1:
             raise InputError(f"--{name} {value}: it must be at least 1")
@@ -239,6 +245,8 @@ def run(command: str, options: list[str]) -> int:
     signals.defer(False)
     if not (out / FLOORS).exists() and any(run.is_done() for run in runs):
         write_atomically(out / FLOORS, (json.dumps(floors_of(runs), indent=2) + "\n").encode())
+    if find_spec("scipy") and any((out / "runs").glob("*")):
+        tell(f"\n{overview(Findings(out))}\n\npictures and tables: minigpt report {out}")
     for name, (_, why) in failed.items():
         say(f"failed: {name}: {why}")
     return next((status for status, _ in failed.values()), 0)

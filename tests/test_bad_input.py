@@ -127,8 +127,8 @@ CASES = {
     ],
     "The model": [
         (f"{FIT} --model ModrenLM", "--model ModrenLM: there is no such model; did you mean ModernLM?"),
-        (f"{FIT} --model os.system", "--model os.system: there is no such model; there are ClassicLM and ModernLM"),
-        (f"{FIT} --model null", "--model null: there is no such model; there are ClassicLM and ModernLM"),
+        (f"{FIT} --model os.system", "--model os.system: there is no such model; there are ClassicLM, ModernLM, LadderLM"),
+        (f"{FIT} --model null", "--model null: there is no such model; there are ClassicLM, ModernLM, LadderLM"),
         (f"{FIT} --model ClassicLM --model.n_experts 4", "--model.n_experts 4: ClassicLM has no such setting: give --model ModernLM, or leave it out"),
         (f"{FIT} --model.n_experts 4 --model ClassicLM", "--model.n_experts 4: ClassicLM has no such setting: give --model ModernLM, or leave it out"),
         (f"{FIT} --model.n_embd 30 --model.n_head 4", "--model.n_embd is 30 and --model.n_head 4: n_head must divide n_embd into heads of even width, for rotary positions"),

@@ -117,7 +117,7 @@ def test_export_and_floors_run(minigpt: Callable[..., Outcome], trained: Path, t
     """Those of the commands that build nothing of the command line's own."""
     for _, command in EVERY:
         words = of_minigpt(command)
-        if not words or words[0] in (*COMMANDS, "doctor"):
+        if not words or words[0] in (*COMMANDS, "doctor", "study", "report"):
             continue
         if words[0] == "export":
             words[words.index("--ckpt_path") + 1] = str(trained / "run" / "best.ckpt")
@@ -126,6 +126,23 @@ def test_export_and_floors_run(minigpt: Callable[..., Outcome], trained: Path, t
             words[words.index("--data.path") + 1] = str(trained / "my.txt")
         done = minigpt(*words)
         assert done.status == 0, f"{command}: {done.err}"
+
+
+def test_studies_of_a_page_can_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minigpt_pl.plans import STUDY, find_study, plan, read_study
+    from minigpt_pl.study import parser_of
+
+    monkeypatch.chdir(tmp_path)
+    page = (PROJECT / "docs" / "study.md").read_text("utf-8")
+    (example,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    Path("wide.yaml").write_text(example, "utf-8")
+    for command, *words in filter(None, (of_minigpt(line) for _, line in EVERY)):
+        if command == "study":
+            said = parser_of("study").parse_args(words)
+            study = read_study(find_study(said.file))
+            assert plan(study, Path("out"), Path("runs"), said.seeds, said.only)
+        elif command == "report":
+            assert (PROJECT / words[0] / STUDY).is_file(), words
 
 
 def test_the_sweep_calls_our_command_line(

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "layers": "",
     "moe": "layers",
     "models": "layers moe",
+    "ladder": "layers models",
     "generation": "models randomness",
     "optim": "",
     # text
@@ -36,7 +37,7 @@ MAY_IMPORT = {
     # runs
     "checkpoint": "",
     "vetting": "",
-    "modules": "checkpoint generation models moe optim vetting",
+    "modules": "checkpoint generation ladder models moe optim vetting",
     "callbacks": "randomness",
     "samples": "callbacks generation text",
     "stopping": "callbacks",
@@ -56,9 +57,12 @@ MAY_IMPORT = {
     "export": "checkpoint layers models modules moe tokenizer",
     "results": "checkpoint data generation models modules settings summary",
     "plans": "checkpoint cli data results settings statistics summary text tokens",
-    "study": "checkpoint floors helptext loggers plans results text",
+    "findings": "plans results statistics",
+    "pictures": "findings results",
+    "report": "findings pictures plans results statistics text",
+    "study": "checkpoint findings floors helptext loggers plans report results text",
     "doctor": "cli data floors helptext models modules optim summary windows",
-    "__main__": "cli doctor export floors study",  # by their names, when a command needs them
+    "__main__": "cli doctor export floors report study",  # by their names, when a command needs them
     "__init__": "api",
 }
 """The package's files, and which others each may import besides the light ones, which all may.
@@ -66,7 +70,7 @@ MAY_IMPORT = {
 Models and text meet in rooms of commands alone.
 """
 
-MODELS = {"layers", "moe", "models", "generation", "optim", "modules"}
+MODELS = {"layers", "moe", "models", "ladder", "generation", "optim", "modules"}
 TEXTS = {"text", "tokenizer", "tokens", "windows", "data"}
 PURE = MODELS - {"modules"} | TEXTS - {"data"} | {"errors", "signals", "randomness", "statistics"}
 HEAVY = {"torch", "lightning", "numpy", "wandb", "jsonargparse", "yaml", "tokenizers", "torchmetrics"}

@@ -1,0 +1,124 @@
+"""The pictures of a report: learning curves, differences, expert load, loss by position.
+
+What they show is computed in `findings`; here it is only drawn.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+from minigpt_pl.findings import Findings
+from minigpt_pl.results import Result
+
+WIDTH, HEIGHT = 9.0, 5.0  # inches
+STYLES = [f"C{n % 10}{'-' if n < 10 else '--'}" for n in range(20)]
+GRID = 200
+"""Points of a curve that is the mean of several."""
+BINS = 16
+"""Of positions, growing with them."""
+
+
+def draw(report: Findings) -> Iterator[str]:
+    """Draws each picture that the results have something for, as PNG in the results folder; yields their names."""
+    for name, picture in (
+        ("curves.png", curves), ("differences.png", differences), ("experts.png", experts), ("positions.png", positions)
+    ):  # fmt: skip
+        figure = Figure((WIDTH, HEIGHT), layout="constrained")
+        if picture(report, figure):
+            FigureCanvasAgg(figure).print_png(str(Path(report.folder, name)), metadata={"Software": None})
+            yield name
+
+
+def curve(result: Result) -> tuple[Any, Any]:
+    """Tokens trained on, and nats per character, at each check of a run."""
+    figures, summary = result.figures("val"), result.summary
+    return figures["step"] * summary["tokens_seen"] / summary["total_steps"], figures["val/nats_per_char"]
+
+
+def curves(report: Findings, figure: Figure) -> bool:
+    axes = figure.add_subplot()
+    lowest = []
+    for style, group in zip(STYLES, report.ranked(), strict=False):
+        runs = [curve(result) for result in group.results]
+        grid = np.linspace(max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs), GRID)
+        values = np.array([np.interp(grid, x, y) for x, y in runs])
+        axes.plot(grid, values.mean(0), style, label=f"{group.name} ({len(runs)})", linewidth=1.2)
+        axes.fill_between(grid, values.min(0), values.max(0), color=style[:2], alpha=0.25, linewidth=0)
+        lowest.append(values.min())
+    for name, found in report.floors.items():
+        if min(lowest) - 0.1 < found["nats_per_char"] < min(lowest) + 1.2:
+            axes.axhline(found["nats_per_char"], color="0.6", linewidth=0.8, linestyle=":")
+            axes.text(axes.get_xlim()[1], found["nats_per_char"], f" {name}", va="center", fontsize=7, color="0.4")
+    axes.set_ylim(min(lowest) - 0.05, min(lowest) + 1.2)
+    labelled(axes, "tokens trained on", "nats/char, validation part", "Mean, and lowest to highest seed")
+    axes.legend(fontsize=8)
+    return True
+
+
+def differences(report: Findings, figure: Figure) -> bool:
+    found = [one for one in report.comparisons if one.over_seeds.interval is not None]
+    axes = figure.add_subplot()
+    for place, one in enumerate(found):
+        for shift, interval, color, label in (
+            (-0.12, one.over_seeds.interval, "C0" if one.over_seeds.has_enough else "0.6", "over seeds"),
+            (0.12, one.over_text, "C1", "over text"),
+        ):
+            if interval is not None:
+                ends = [[interval.mean - interval.low], [interval.high - interval.mean]]
+                axes.errorbar(
+                    [interval.mean], [place + shift], xerr=ends, fmt="o", color=color, capsize=3, markersize=4,
+                    label=label if place == 0 else None,
+                )  # fmt: skip
+    axes.axvline(0, color="0.4", linewidth=0.8)
+    axes.set_yticks(range(len(found)), [f"{one.name}\n{one.verdict}" for one in found], fontsize=8)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    labelled(axes, "nats/char: left of 0 the first of the two is lower", "", "Named differences, 95 % intervals")
+    if found:
+        axes.legend(fontsize=8)
+    return bool(found)
+
+
+def experts(report: Findings, figure: Figure) -> bool:
+    """The share of each expert at each check of the first seed, a colour a layer."""
+    moes = [group for group in report.ranked() if group.has_experts]
+    panels = figure.subplots(1, max(1, len(moes)), sharey=True, squeeze=False)[0]
+    for axes, group in zip(panels, moes, strict=False):
+        figures = group.results[0].figures("train")
+        for name, values in figures.items():
+            if name.startswith("moe/load_"):
+                layer = name.removeprefix("moe/load_").split("_")[0]
+                axes.plot(figures["step"], values, color=f"C{layer}" if layer.isdigit() else "C0", linewidth=0.8)
+        labelled(axes, "step", "", group.results[0].folder.name)
+        axes.title.set_fontsize(8)
+    panels[0].set_ylabel("share of the tokens")
+    figure.suptitle("Load of each expert, a colour for each layer", fontsize=10)
+    return bool(moes)
+
+
+def positions(report: Findings, figure: Figure) -> bool:
+    axes = figure.add_subplot()
+    for style, group in zip(STYLES, report.ranked(), strict=False):
+        values = np.mean([result.scores.by_position() for result in group.results], axis=0)
+        bins = np.unique(np.geomspace(1, len(values) + 1, BINS).round().astype(int))  # the later ones are all alike
+        means = [values[begin - 1 : end - 1].mean() for begin, end in pairwise(bins)]
+        axes.plot(bins[:-1], means, style, marker=".", label=group.name, linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    labelled(axes, "tokens of context", "nats/char", "Loss by position in the window, mean over seeds")
+    axes.legend(fontsize=8)
+    return True
+
+
+def labelled(axes: Axes, x: str, y: str, title: str) -> None:
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    axes.set_title(title, fontsize=10)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,146 @@
+"""The report: what it says follows from the results folder alone, and every committed report says what its results do.
+
+Results are written here as a study would leave them; no model is trained.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import PROJECT, Outcome
+
+from minigpt_pl.findings import Findings
+from minigpt_pl.plans import STUDY, resolved
+from minigpt_pl.report import index
+from minigpt_pl.results import Result, Scores
+
+COMMITTED = sorted(path.parent for path in PROJECT.glob(f"docs/results/*/{STUDY}"))
+NOISE = np.random.default_rng(3).normal(0, 0.0025, (4, 8))
+
+
+def says(folder: Path, text: str) -> bool:
+    """Whether a text is what the results in a folder say."""
+    pictures = re.findall(r"^!\[\w+\]\((.*)\)$", text, re.MULTILINE)
+    return all((folder / name).is_file() for name in pictures) and index(Findings(folder), pictures) == text
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_a_committed_report_says_what_its_results_do(folder: Path) -> None:
+    assert says(folder, (folder / "index.md").read_text("utf-8")), f"python main.py report {folder}"
+    for run in (folder / "runs").iterdir():
+        assert sum(file.stat().st_size for file in run.iterdir()) <= 150_000, run
+
+
+def leave(folder: Path, name: str, seed: int, best: float, words: str = "", **summary: Any) -> None:
+    """A results folder with a given figure."""
+    place = folder / "runs" / f"{name}-{seed}"
+    place.mkdir(parents=True)
+    settings = resolved(words.split()) | {"seed_everything": seed}
+    (place / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    found = {
+        "best_nats_per_char": best, "best_step": 200, "total_steps": 200, "stop_reason": "completed",
+        "params_total": 1000, "params_active": 1000, "tokens_seen": 409_600, "flops_per_token": 6000,
+        "wall_seconds": 90.0, "git_commit": "0123456789", "versions": {"torch": "2.13"}, "machine": "2 CPU cores",
+        "data_sha256": "d" * 64, "tokenizer_sha256": "t" * 64, "command": f"minigpt fit --seed_everything {seed}",
+    }  # fmt: skip
+    (place / "summary.json").write_text(json.dumps(found | summary))
+    loads = ",".join(f"moe/load_0_{expert}" for expert in range(4)) if "moe" in words else "lr"
+    row = ",".join("0.25" for _ in loads.split(","))
+    rows = [f"100,train,,{row}", f"100,val,{best + 0.5},", f"200,train,,{row}", f"200,val,{best},"]
+    (place / "metrics.csv").write_text("\n".join([f"step,part,val/nats_per_char,{loads}", *rows]) + "\n")
+    nats = (best + 0.1 * np.sin(np.arange(128 * 20) / 7)).astype(np.float16)
+    np.savez_compressed(place / "nats.npz", nats=nats, begins=np.arange(20, dtype=np.int32) * 128 + 1)
+    (place / "sample.txt").write_text(f"<{name}> & more\n")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight seeds of each: sparse is five SD lower than dense; wide has other batches, rare three seeds."""
+    folder = tmp_path_factory.mktemp("results") / "made"
+    for seed in range(8):
+        leave(folder, "dense", seed, 1.25 + NOISE[0, seed])
+        leave(folder, "sparse", seed, 1.25 - 0.012 + NOISE[1, seed], "-c moe", params_total=3000, params_active=1010)
+        leave(folder, "wide", seed, 1.25 + NOISE[2, seed], "--data.batch_size 8", params_total=3000)
+        if seed < 3:
+            leave(folder, "rare", seed, 1.0 + NOISE[3, seed])
+    named = ["sparse - dense", "wide - dense", "rare - dense", "never - dense"]
+    runs = dict.fromkeys(("dense", "sparse", "wide", "rare", "never"), "")
+    content = {"about": "A made study.", "runs": runs, "comparisons": named}
+    (folder / STUDY).write_text(yaml.safe_dump(content, sort_keys=False))
+    floors = {"unigram": {"nats_per_char": 3.1}, "xz": {"nats_per_char": 1.7}}
+    (folder / "floors.json").write_text(json.dumps({"floors": floors}))
+    return folder
+
+
+def test_the_report_says_what_is_known_of_the_results(made: Path, minigpt: Callable[..., Outcome]) -> None:
+    done = minigpt("report", made)
+    assert done.status == 0, done.err
+    text = (made / "index.md").read_text("utf-8")
+    assert says(made, text)
+    cells = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    row = {first: rest for first, *rest in (line for line in cells if line) if first in ("dense", "rare")}
+    values = 1.25 + NOISE[0]
+    half = 2.3646 * values.std(ddof=1) / 8**0.5  # Student's t, 7 degrees of freedom
+    assert row["dense"][:4] == [
+        "8", f"{values.mean():.4f}", f"{values.std(ddof=1):.4f}",
+        f"{values.mean() - half:.4f} ... {values.mean() + half:.4f}",
+    ]  # fmt: skip
+    assert row["rare"][0] == "3"
+    assert row["dense"][4:9] == ["1,000", "1,000", "410 k", "2.46 G", "1.5"]
+    differences = text[text.index("## Differences") : text.index("## Experts")]
+    verdict = dict(re.findall(r"^\| `(.*?)` .*\*\*(.*)\*\* \|$", differences, re.MULTILINE))
+    assert verdict == {
+        "sparse - dense": "lower",
+        "wide - dense": "no difference found",
+        "rare - dense": "cannot tell",
+        "never - dense": "cannot tell",
+    }
+    assert "8 pairs" in differences
+    assert "`wide - dense` | 8 and 8 |" in differences  # other batches are no pairs
+    assert "`rare - dense` | 3 pairs |" in differences
+    assert "- not run: `never`" in text
+    experts = text[text.index("## Experts") : text.index("![curves]")]
+    assert f"`dense` {values.mean():.4f}" in experts.split("|")[-3]
+    assert f"`wide` {1.25 + NOISE[2].mean():.4f}" in experts.split("|")[-2]
+    assert "What simple methods reach: unigram 3.1000, xz 1.7000." in text
+    assert "&lt;sparse&gt; &amp; more" in text
+    for path in (made / "runs").iterdir():
+        assert f"[{path.name}](runs/{path.name})" in text
+        assert f"minigpt fit --seed_everything {Result(path).seed}`" in text
+    for name in ("curves", "differences", "experts", "positions"):
+        assert (made / f"{name}.png").stat().st_size > 10_000
+
+
+def test_a_number_changed_by_hand_is_found(made: Path, tmp_path: Path, minigpt: Callable[..., Outcome]) -> None:
+    folder = tmp_path / "made"
+    shutil.copytree(made, folder)
+    assert minigpt("report", folder).status == 0
+    text = (folder / "index.md").read_text("utf-8")
+    numbers = [match for match in re.finditer(r"\d", text) if "|" in text[text.rfind("\n", 0, match.start()) :][:3]]
+    for match in numbers[:: len(numbers) // 5]:
+        other = str((int(match[0]) + 1) % 10)
+        assert not says(folder, text[: match.start()] + other + text[match.end() :])
+    summary = folder / "runs" / "rare-1" / "summary.json"
+    summary.write_text(summary.read_text().replace('"wall_seconds": 90.0', '"wall_seconds": 990.0'))
+    assert not says(folder, text)
+
+
+def test_loss_by_position_and_by_character_are_of_the_right_tokens() -> None:
+    """Two windows of three targets, of one to three characters; the first token of the part is not scored."""
+    scores = Scores(np.float16([1, 2, 3, 4, 6]), np.array([1, 2, 3, 1, 1]), np.int32([2, 8]), window=3)
+    found = scores.by_character()
+    assert np.isnan(found[:2]).all()
+    assert found[2:].tolist() == [1, 1, 1, 1, 1, 1, 4, 6]
+    assert scores.by_position().tolist() == [5 / 2, 8 / 3, 1]
+
+
+def test_a_folder_without_results_is_refused(minigpt: Callable[..., Outcome], tmp_path: Path) -> None:
+    done = minigpt("report", tmp_path)
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert "name a results folder that minigpt study has written" in done.err
