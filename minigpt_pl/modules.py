@@ -22,7 +22,7 @@ from minigpt_pl.moe import Gate
 from minigpt_pl.optim import Rule, Schedule, build_optimizer, lr_factor
 from minigpt_pl.vetting import check_sizes_fit
 
-ROPE_THETA, RMS_NORM_EPS, FFN_MULT = 10000.0, 1e-8, 2.0
+ROPE_THETA, RMS_NORM_EPS, FFN_MULT, MUON_LR = 10000.0, 1e-8, 2.0, 0.01
 
 
 class LanguageModel(LightningModule, ABC):
@@ -224,7 +224,7 @@ class ClassicLM(LanguageModel):
         block_size: int = 128,
         schedule: Schedule = "cosine",
         optimizer: Rule = "adamw",
-        muon_lr: float = 0.01,
+        muon_lr: float = MUON_LR,
         compile: bool = False,
     ):
         net = ClassicGPT(vocab_size, block_size, n_layer, n_head, n_embd, dropout, seed=torch.initial_seed())
@@ -244,7 +244,9 @@ class LadderLM(LanguageModel):
         n_head: Attention heads; must divide n_embd.
         n_embd: Width.
         block_size: Tokens of context.
-        schedule: cosine (after a warm-up) or constant.
+        schedule: cosine (after a warm-up), constant, or wsd (constant, then linearly down to 0).
+        optimizer: adamw, or muon for the matrices in the blocks and adamw for the rest.
+        muon_lr: Peak learning rate of Muon's matrices.
         compile: Compile the model with torch.compile.
     """
 
@@ -260,13 +262,15 @@ class LadderLM(LanguageModel):
         n_embd: int = 128,
         block_size: int = 128,
         schedule: Schedule = "cosine",
+        optimizer: Rule = "adamw",
+        muon_lr: float = MUON_LR,
         compile: bool = False,
     ):
         net = RUNGS[rung](
             vocab_size, block_size, n_layer, n_head, n_embd, dropout, ROPE_THETA, RMS_NORM_EPS, FFN_MULT,
             seed=torch.initial_seed(),
         )  # fmt: skip
-        super().__init__(net, lr, weight_decay, schedule, compile)
+        super().__init__(net, lr, weight_decay, schedule, optimizer, muon_lr, compile)
 
 
 class ModernLM(LanguageModel):
@@ -321,7 +325,7 @@ class ModernLM(LanguageModel):
         conv_width: int = 0,
         schedule: Schedule = "cosine",
         optimizer: Rule = "adamw",
-        muon_lr: float = 0.01,
+        muon_lr: float = MUON_LR,
         compile: bool = False,
     ):
         net = ModernGPT(
