@@ -48,7 +48,7 @@ def page(command: str, words: list[str]) -> str:
     def is_shown(name: str, setting: Setting) -> bool:
         if group:
             return name.startswith(f"{group}.") and setting.only in ("", *(models or [setting.only]))
-        rare = name.startswith("trainer.") and name.removeprefix("trainer.") not in WORDS
+        rare = name.startswith("trainer.") and name.removeprefix("trainer.") not in WORDS or setting.only == "LadderLM"
         return not rare and not name.startswith(HIDDEN.get(command, ()))
 
     shown = {name: setting for name, setting in catalogue(command).items() if is_shown(name, setting)}
