@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT, TINY
+from tiny_models import build
 
 from minigpt_pl import generate, load_checkpoint
 from minigpt_pl.export import export
@@ -73,6 +74,9 @@ def test_what_no_layout_has_is_refused(minigpt, tmp_path):
 
     with pytest.raises(InputError, match="Rung has no layout"):
         layout_of(Rung())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="short convolutions: export a model with conv_width 0"):
+        layout_of(build("frontier"))
+    layout_of(build("frontier", conv_width=0))
 
 
 def test_a_folder_with_something_in_it_is_left_alone(minigpt, tmp_path):
