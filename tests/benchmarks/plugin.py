@@ -26,8 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def report(one_thread: None) -> Report:
-    """Where figures are added; speed is measured with every core, unlike the tests."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    """Where figures are added; speed is measured with every core that this process may use, unlike the tests."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     return _report
 
 
