@@ -78,7 +78,7 @@ def test_big_text(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     finally:
         big.unlink()
         shutil.rmtree(tmp_path / "cache")
-    rate = GIGABYTE / 1e6 / (first[0] - small[0])
+    rate = GIGABYTE / 1e6 / (first[0] - min(seconds["1 GB, second start"]))
     report.add("characters to tokens, two passes over 1 GB", "MB/s", {"fit": [rate]}, f"first start {first[0]:.0f} s")
     report.add("peak memory of that fit", "MB", {"1 GB": [first[1]], "shipped text": [small[1]]})
     report.add("a fit of three steps from a cold start", "s", seconds)

@@ -58,7 +58,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(", ".join(f"{name} {value}" for name, value in machine().items()))
     for row in _report.rows:
         terminalreporter.write_line(row.what)
-        for line in row.lines():
+        for line in [*row.lines(), *([f"  {row.note}"] if row.note else [])]:
             terminalreporter.write_line(line)
     if path := config.getoption("--json"):
         path.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in _report.rows]}, indent=1))
