@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import StrMethodFormatter
 
 from minigpt_pl.findings import Findings
 from minigpt_pl.results import Result
@@ -21,6 +21,8 @@ WIDTH, HEIGHT = 9.0, 5.0  # inches
 STYLES = [f"C{n % 10}{'-' if n < 10 else '--'}" for n in range(20)]
 GRID = 200
 """Points of a curve that is the mean of several."""
+TALLEST = 1.2
+"""Nats per character above the lowest that the learning curves show."""
 BINS = 16
 """Of positions, growing with them."""
 
@@ -44,7 +46,7 @@ def curve(result: Result) -> tuple[Any, Any]:
 
 def curves(report: Findings, figure: Figure) -> bool:
     axes = figure.add_subplot()
-    lowest = []
+    lowest, highest = [], []
     for style, group in zip(STYLES, report.ranked(), strict=False):
         runs = [curve(result) for result in group.results]
         grid = np.linspace(max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs), GRID)
@@ -52,11 +54,13 @@ def curves(report: Findings, figure: Figure) -> bool:
         axes.plot(grid, values.mean(0), style, label=f"{group.name} ({len(runs)})", linewidth=1.2)
         axes.fill_between(grid, values.min(0), values.max(0), color=style[:2], alpha=0.25, linewidth=0)
         lowest.append(values.min())
+        highest.append(values.max())
+    bottom, top = min(lowest) - 0.05, min(max(highest), min(lowest) + TALLEST) + 0.05
     for name, found in report.floors.items():
-        if min(lowest) - 0.1 < found["nats_per_char"] < min(lowest) + 1.2:
+        if bottom < found["nats_per_char"] < top:
             axes.axhline(found["nats_per_char"], color="0.6", linewidth=0.8, linestyle=":")
             axes.text(axes.get_xlim()[1], found["nats_per_char"], f" {name}", va="center", fontsize=7, color="0.4")
-    axes.set_ylim(min(lowest) - 0.05, min(lowest) + 1.2)
+    axes.set_ylim(bottom, top)
     labelled(axes, "tokens trained on", "nats/char, validation part", "Mean, and lowest to highest seed")
     axes.legend(fontsize=8)
     return True
@@ -110,7 +114,7 @@ def positions(report: Findings, figure: Figure) -> bool:
         means = [values[begin - 1 : end - 1].mean() for begin, end in pairwise(bins)]
         axes.plot(bins[:-1], means, style, marker=".", label=group.name, linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
     labelled(axes, "tokens of context", "nats/char", "Loss by position in the window, mean over seeds")
     axes.legend(fontsize=8)
     return True

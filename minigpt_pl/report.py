@@ -56,7 +56,7 @@ def results_table(report: Findings) -> Iterator[str]:
         yield f"{group.of_summary('params_active'):,.0f}"
         yield short(group.of_summary("tokens_seen"))
         yield short(group.flops)
-        yield f"{group.of_summary('wall_seconds') / 60:.1f}"
+        yield f"{group.of_summary('wall_seconds') / 60:.2f}"
         yield f"{group.of_summary('best_step'):.0f}"
 
     return table(head, map(row, report.ranked()))
@@ -101,14 +101,14 @@ def experts(report: Findings) -> Iterator[str]:
 
 
 def samples(report: Findings) -> Iterator[str]:
-    """What the first seed of each configuration writes, three side by side."""
+    """What the first seed of each writes, three side by side; no line is blank, which would end the table."""
     groups = report.ranked()
     yield "<table>"
     for begin in range(0, len(groups), 3):
-        three = groups[begin : begin + 3]
-        yield "<tr>" + "".join(f"<th>{group.results[0].folder.name}</th>" for group in three) + "</tr>"
-        texts = (html.escape(group.results[0].sample, quote=False) for group in three)
-        yield "<tr>" + "".join(f"<td valign=top><pre>\n{text}\n</pre></td>" for text in texts) + "</tr>"
+        three = [group.results[0] for group in groups[begin : begin + 3]]
+        yield "<tr>" + "".join(f"<th>{result.folder.name}</th>" for result in three) + "</tr>"
+        texts = (html.escape(result.sample.strip(), quote=False).replace("\n", "<br>") for result in three)
+        yield "<tr>" + "".join(f"<td valign=top>{text}</td>" for text in texts) + "</tr>"
     yield "</table>"
 
 
@@ -122,7 +122,7 @@ def runs_table(report: Findings) -> Iterator[str]:
         yield f"{found['best_step']}"
         yield f"{found['total_steps']}"
         yield found["stop_reason"]
-        yield f"{found['wall_seconds'] / 60:.1f}"
+        yield f"{found['wall_seconds'] / 60:.2f}"
         yield (found["git_commit"] or "")[:8]
         yield f"`{found['command']}`"
 

@@ -92,7 +92,7 @@ def test_the_report_says_what_is_known_of_the_results(made: Path, minigpt: Calla
         f"{values.mean() - half:.4f} ... {values.mean() + half:.4f}",
     ]  # fmt: skip
     assert row["rare"][0] == "3"
-    assert row["dense"][4:9] == ["1,000", "1,000", "410 k", "2.46 G", "1.5"]
+    assert row["dense"][4:9] == ["1,000", "1,000", "410 k", "2.46 G", "1.50"]
     differences = text[text.index("## Differences") : text.index("## Experts")]
     verdict = dict(re.findall(r"^\| `(.*?)` .*\*\*(.*)\*\* \|$", differences, re.MULTILINE))
     assert verdict == {
