@@ -50,7 +50,7 @@ def in_checkpoint(module):
             with open(path, "wb") as file:
                 file.write(b"x")
                 file.flush()
-                time.sleep(0.05)
+                time.sleep(0.5)  # long enough to be struck in, on any machine
                 file.seek(0)
                 torch.save(checkpoint, file)
             os.unlink(f"{path}.writing")
