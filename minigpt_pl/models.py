@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt_pl.layers import Block, CausalSelfAttention, Dropout, GeluMLP, LayerCache, RMSNorm, Rope, ShortConv, SwiGLU
+from minigpt_pl.convolution import ShortConv
+from minigpt_pl.layers import Block, CausalSelfAttention, Dropout, GeluMLP, LayerCache, RMSNorm, Rope, SwiGLU
 from minigpt_pl.moe import Gate, MoE
 
 

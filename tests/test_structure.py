@@ -24,7 +24,8 @@ MAY_IMPORT = {
     # models
     "layers": "",
     "moe": "layers",
-    "models": "layers moe",
+    "convolution": "layers",
+    "models": "convolution layers moe",
     "ladder": "layers models",
     "generation": "models randomness",
     "optim": "",
@@ -70,7 +71,7 @@ MAY_IMPORT = {
 Models and text meet in rooms of commands alone.
 """
 
-MODELS = {"layers", "moe", "models", "ladder", "generation", "optim", "modules"}
+MODELS = {"layers", "moe", "convolution", "models", "ladder", "generation", "optim", "modules"}
 TEXTS = {"text", "tokenizer", "tokens", "windows", "data"}
 PURE = MODELS - {"modules"} | TEXTS - {"data"} | {"errors", "signals", "randomness", "statistics"}
 HEAVY = {"torch", "lightning", "numpy", "wandb", "jsonargparse", "yaml", "tokenizers", "torchmetrics"}
