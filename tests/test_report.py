@@ -83,8 +83,10 @@ def test_the_report_says_what_is_known_of_the_results(made: Path, minigpt: Calla
     assert done.status == 0, done.err
     text = (made / "index.md").read_text("utf-8")
     assert says(made, text)
-    cells = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    row = {first: rest for first, *rest in (line for line in cells if line) if first in ("dense", "rare")}
+    cells = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.split("## Differences")[0].splitlines()
+    ]
+    row = {first: rest for first, *rest in (line for line in cells if line) if first in ("dense", "rare", "sparse")}
     values = 1.25 + NOISE[0]
     half = 2.3646 * values.std(ddof=1) / 8**0.5  # Student's t, 7 degrees of freedom
     assert row["dense"][:4] == [
@@ -92,6 +94,7 @@ def test_the_report_says_what_is_known_of_the_results(made: Path, minigpt: Calla
         f"{values.mean() - half:.4f} ... {values.mean() + half:.4f}",
     ]  # fmt: skip
     assert row["rare"][0] == "3"
+    assert row["sparse"][4:6] == ["3,000", "1,010"]
     assert row["dense"][4:9] == ["1,000", "1,000", "410 k", "2.46 G", "1.50"]
     differences = text[text.index("## Differences") : text.index("## Experts")]
     verdict = dict(re.findall(r"^\| `(.*?)` .*\*\*(.*)\*\* \|$", differences, re.MULTILINE))

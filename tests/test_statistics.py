@@ -44,6 +44,13 @@ def test_pairs_that_share_their_luck_are_compared_without_it() -> None:
     assert np.median(found.high - found.low) < 0.35 * np.median(apart.high - apart.low)
 
 
+def test_groups_of_different_size_and_spread_are_compared_fairly() -> None:
+    """Pooling their variances would find something in one case of five."""
+    interval, p = unpaired(1.25 + 3 * (losses(N, seed=8) - 1.25), losses(3 * N, seed=9))
+    assert np.mean(p < 1 - LEVEL) == pytest.approx(0.05, abs=0.01)
+    assert np.mean((interval.low < 0) & (interval.high > 0)) == pytest.approx(0.95, abs=0.01)
+
+
 @pytest.mark.parametrize("seeds", [3, 5, 8])
 def test_the_interval_of_a_mean_covers_it(seeds: int) -> None:
     interval, sd = spread(losses(seeds, seed=4))
