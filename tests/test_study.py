@@ -219,6 +219,12 @@ def test_a_setting_that_is_new_since_does_not_make_old_results_another_run() -> 
     ]
 
 
+def test_a_text_keeps_the_name_by_which_it_was_given_unless_that_is_a_place_on_this_machine() -> None:
+    for given, kept in (("data/input.txt", "data/input.txt"), ("/home/me/my.txt", "my.txt")):
+        assert results.portable({"data": {"path": given}})["data"]["path"] == kept
+        assert results.without_places(f"fit --data.path={given} -c x/y") == f"fit --data.path={kept} -c x/y"
+
+
 def test_runs_are_processes_and_one_without_results_is_told(place: Path, minigpt: MiniGPT) -> None:
     path = write(runs={"bad": "", "good": ""}, seeds=1)
     (ready(minigpt, read_study(path), "bad", 1337) / "best.ckpt").unlink()
