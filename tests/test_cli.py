@@ -74,7 +74,7 @@ def test_every_setting_can_be_given_and_takes_its_value(minigpt: MiniGPT) -> Non
     before, words, expected = resolved(minigpt, "fit"), [], {}
     elsewhere = ("config", "run_dir", "ckpt_path", "print_config", "model", "trainer.callbacks", "trainer.plugins")
     for name, setting in catalogue("fit").items():
-        if name in elsewhere:
+        if name in elsewhere or setting.only not in ("", "ModernLM"):
             continue
         expected[name] = other_value(setting.type, before[name], len(expected))
         words += [f"--{name}", yaml.safe_dump(expected[name], default_flow_style=True).removesuffix("...\n").strip()]
