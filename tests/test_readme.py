@@ -10,7 +10,7 @@ from conftest import PROJECT, Outcome
 
 README = (PROJECT / "README.md").read_text("utf-8")
 CI = (PROJECT / ".ci" / "run").read_text("utf-8")
-TESTS = "python -m pytest"
+TESTS = "python -m pytest -n 2 --dist loadfile"
 INSTALL = ("python -m venv .venv", ". .venv/bin/activate", 'pip install -e ".[dev]"')
 SMALL_FIT = (
     "--model.n_layer", "1", "--model.n_head", "2", "--model.n_embd", "16", "--model.block_size", "16",
