@@ -51,10 +51,7 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, n_embd))
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        before = cache.recent.get(self) if cache is not None else None
-        if before is None:
-            before = x.new_zeros(x.size(0), len(self.weight) - 1, x.size(2))
-        padded = torch.cat([before, x], 1)
+        padded = torch.cat([x.new_zeros(x.size(0), len(self.weight) - 1, x.size(2)), x], 1)
         if cache is not None:
             cache.recent[self] = padded[:, x.size(1) :]
         return ShiftedSum.apply(padded, self.weight)

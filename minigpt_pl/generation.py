@@ -4,13 +4,14 @@ When the window is full, it drops to its last half, which is read again: with or
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minigpt_pl.decoding import decoder
 from minigpt_pl.models import GPT
 from minigpt_pl.randomness import fractions
 
@@ -91,18 +92,17 @@ def generate(model: GPT, prompt: Sequence[int], sampling: Sampling, use_cache: b
     draws = torch.stack([uniforms(sampling.seed, prompt, i, sampling.max_new_tokens) for i in range(streams)], 1).to(
         device
     )
-    window = [torch.tensor(prompt[-model.block_size :], device=device).expand(streams, -1)]  # (S, T) in pieces
-    size = window[0].size(1)
-    cache, unread = (model.new_cache() if use_cache else None), window[0]
+    window = torch.tensor(prompt[-model.block_size :], device=device).expand(streams, -1)  # (S, T)
+    step: Callable[[Tensor], Tensor] | None = None
     for i in range(sampling.max_new_tokens):
-        logits, _ = model(unread, cache)
-        tokens = choose(logits[:, -1], draws[i], sampling)
+        if step is not None:
+            logits = step(window[:, -1:])
+        else:
+            cache = model.new_cache() if use_cache else None
+            logits = model(window, cache)[0][:, -1]
+            step = decoder(model, cache) if cache else None
+        tokens = choose(logits, draws[i], sampling)
         yield tokens.tolist()
-        unread, size = tokens.unsqueeze(-1), size + 1
-        window.append(unread)
-        if size > model.block_size or cache is None:
-            unread = torch.cat(window, 1)
-        if size > model.block_size:
-            size = max(1, model.block_size // 2)
-            unread, cache = unread[:, -size:], (model.new_cache() if use_cache else None)
-            window = [unread]
+        window = torch.cat([window, tokens.unsqueeze(-1)], 1)
+        if window.size(1) > model.block_size:
+            window, step = window[:, -max(1, model.block_size // 2) :], None

@@ -53,12 +53,27 @@ class Dropout(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight (Zhang & Sennrich, arXiv 1910.07467); torch's own but for training on a CPU."""
+    """x / rms(x) * weight (Zhang & Sennrich, arXiv 1910.07467); torch's own but on a CPU."""
+
+    eps: float
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return FastRMSNorm.apply(x, self.weight, self.eps)
-        return torch.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What RMSNorm computes of x (..., C), by the quickest way there is."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.rms_norm(x, weight.shape, weight, eps)
+    if torch.is_grad_enabled():
+        return FastRMSNorm.apply(x, weight, eps)
+    return x * inverse_rms(x, eps) * weight
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean square + eps) over the last dimension of (..., C), as (..., 1)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(torch.scalar_tensor(eps), norm, norm, value=1 / x.size(-1)).rsqrt_()
 
 
 class FastRMSNorm(torch.autograd.Function):
@@ -66,8 +81,7 @@ class FastRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        scale = squares.div_(x.size(-1)).add_(eps).rsqrt_()
+        scale = inverse_rms(x, eps)
         unit = x * scale
         ctx.save_for_backward(unit, scale, weight)
         return unit * weight
@@ -99,15 +113,18 @@ class Rope(nn.Module):
             raise ValueError(f"the head width n_embd / n_head is {head_width}: rotary positions need an even one")
         self.theta = theta
         rates = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
-        angles = torch.arange(block_size, dtype=torch.float32)[:, None] * rates  # (T, D / 2)
-        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], -1), persistent=False)  # (T, D)
+        angles = torch.arange(block_size, dtype=torch.float32).view(-1, 1, 1, 1) * rates  # (T, 1, 1, D / 2)
+        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], -1), persistent=False)  # (T, 1, 1, D)
         self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], -1), persistent=False)
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """Rotates the heads x (B, T, n, H, D) of positions start ... start + T - 1."""
-        stop, half = start + x.size(1), x.size(-1) // 2
-        cos, sin = self.cos[start:stop, None, None], self.sin[start:stop, None, None]
-        return torch.addcmul(x * cos, x.roll(half, -1), sin).type_as(x)
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotates the heads x (B, T, n, H, D) of the first T positions."""
+        return rotate(x, self.cos[: x.size(1)], self.sin[: x.size(1)])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The heads x (..., D) turned by the angles of these cosines and sines, as Rope keeps them."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).type_as(x)
 
 
 class LayerCache:
@@ -126,11 +143,10 @@ class LayerCache:
         if self.keys is None or self.values is None:
             shape = (*keys.shape[:2], self.size, keys.shape[3])
             self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
-        stop = self.length + keys.size(2)
-        self.keys[:, :, self.length : stop] = keys
-        self.values[:, :, self.length : stop] = values
-        self.length = stop
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+        self.keys.narrow(2, self.length, keys.size(2)).copy_(keys)
+        self.values.narrow(2, self.length, keys.size(2)).copy_(values)
+        self.length += keys.size(2)
+        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
 
 class DroppedAttention(torch.autograd.Function):
@@ -173,15 +189,11 @@ class DroppedAttention(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: Dropout) -> Tensor:
-    """Causal scaled dot-product attention; q, k, v (B, H, T, D) -> (B, H, T, D).
-
-    With fewer queries than keys (cached generation) the one query is the last position and sees every key.
-    """
-    assert q.size(2) in (1, k.size(2)), "a cache is either empty or read one position at a time"
+    """Causal scaled dot-product attention; q, k, v (B, H, T, D) -> (B, H, T, D)."""
     if dropout.is_active and draws_own_masks(q):
         return DroppedAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), dropout.p).view_as(q)
     p = dropout.p if dropout.is_active else 0.0
-    return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, dropout_p=p)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
 
 
 class CausalSelfAttention(nn.Module):
@@ -212,10 +224,10 @@ class CausalSelfAttention(nn.Module):
             q, k, v = qkv.unbind(2)
         else:
             qk, v = qkv.split([2, 1], 2)
-            (q, k), v = self.rope(qk, cache.length if cache else 0).unbind(2), v.squeeze(2)
+            (q, k), v = self.rope(qk).unbind(2), v.squeeze(2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
-            k, v = cache.extend(k, v)
+            cache.extend(k, v)
         y = attend(q, k, v, self.dropout)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 

@@ -32,14 +32,11 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, cache: list[LayerCache] | None = None) -> tuple[Tensor, Tensor]:
         """Logits (B, T, V) of the next token at each position of ids (B, T), and the aux loss, summed over layers.
 
-        With a cache (`new_cache`), ids go on where the cache ends, and the logits are those of the last position
-        alone, (B, 1, V).
+        An empty cache (`new_cache`) is filled, for `decoding` to go on with; the logits are then those of the last
+        position alone, (B, 1, V).
         """
-        start = cache[0].length if cache else 0
-        assert start + ids.size(1) <= self.block_size, (
-            f"{start} + {ids.size(1)} positions, but {self.block_size} at most"
-        )
-        x = self.dropout(self.embed(ids, start))
+        assert ids.size(1) <= self.block_size, f"{ids.size(1)} positions, but {self.block_size} at most"
+        x = self.dropout(self.embed(ids, 0))
         aux = x.new_zeros(())
         for layer, block in enumerate(self.blocks):
             x, block_aux = block(x, cache[layer] if cache else None)

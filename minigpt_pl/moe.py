@@ -48,14 +48,11 @@ class MoE(nn.Module):
         The aux loss is E * sum_e(share_e * mean probability_e): 1 when all experts share alike, E when one has all.
         """
         logits_NE = self.router(x_NC).float()
-        probs_NE = logits_NE.softmax(-1)
-        weights_NK, chosen_NK = probs_NE.topk(self.top_k, sorted=True)
-        if self.gate == "softmax_selected":
-            weights_NK = logits_NE.gather(1, chosen_NK).softmax(-1)
+        weights_NK, chosen_NK = choose_experts(logits_NE, self.top_k, self.gate)
         if not torch.is_grad_enabled():  # in checks and generation nobody asks for the balance
             return weights_NK, chosen_NK, None
         share_E = self.count(chosen_NK).float() / chosen_NK.numel()
-        mean_E = probs_NE.mean(0)
+        mean_E = logits_NE.softmax(-1).mean(0)
         self.last_routing = share_E, mean_E.detach()
         return weights_NK, chosen_NK, self.n_experts * (share_E * mean_E).sum()
 
@@ -66,10 +63,6 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         x_NC = x.flatten(0, -2)
         weights_NK, chosen_NK, aux = self.route(x_NC)
-        if len(x_NC) == 1:  # one stream of text: nothing to sort
-            ys = [F.linear(swiglu(F.linear(x_NC, self.gate_up[e])), self.down[e]) for e in chosen_NK[0].tolist()]
-            y_KC = ys[0] if self.top_k == 1 else torch.cat(ys)
-            return (weights_NK.type_as(y_KC) @ y_KC).view_as(x), aux
         return self.dispatch(x_NC, weights_NK, chosen_NK).view_as(x), aux
 
     @torch.compiler.disable  # the compiler knows the grouped product in bf16 alone
@@ -83,6 +76,15 @@ class MoE(nn.Module):
         y_NKC = torch.empty_like(sorted_y).index_copy(0, order, sorted_y).view(*chosen_NK.shape, -1)
         weighted_NKC = y_NKC * weights_NK.unsqueeze(-1).type_as(y_NKC)
         return weighted_NKC.squeeze(1) if self.top_k == 1 else weighted_NKC.sum(1)
+
+
+def choose_experts(logits_NE: Tensor, top_k: int, gate: Gate) -> tuple[Tensor, Tensor]:
+    """Weights (N, K) and indices (N, K) of the experts that the router's logits choose, the likeliest first."""
+    if gate == "softmax_selected":
+        chosen_logits_NK, chosen_NK = logits_NE.topk(top_k, sorted=True)
+        return chosen_logits_NK.softmax(-1), chosen_NK
+    weights_NK, chosen_NK = logits_NE.softmax(-1).topk(top_k, sorted=True)
+    return weights_NK, chosen_NK
 
 
 def has_grouped_product(rows: Tensor, *weights: Tensor) -> bool:

@@ -23,9 +23,8 @@ from minigpt_pl import results, signals
 from minigpt_pl.checkpoint import LAST
 from minigpt_pl.errors import InputError, say
 from minigpt_pl.findings import Findings
-from minigpt_pl.floors import floors
+from minigpt_pl.floors import LONGEST_FOR_FLOORS, floors
 from minigpt_pl.helptext import quiet
-from minigpt_pl.loggers import LONGEST_FOR_FLOORS
 from minigpt_pl.plans import FLOORS, Run, find_study, keep_words, plan, read_study, text_of
 from minigpt_pl.report import overview
 from minigpt_pl.text import write_atomically

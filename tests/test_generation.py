@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import KINDS, VOCAB, build, lively, some_ids
+from torch import Tensor
 
 from minigpt_pl.generation import Sampling, generate
 from minigpt_pl.models import GPT
@@ -73,10 +74,18 @@ def test_a_full_window_drops_to_its_last_half(kind: str) -> None:
         (1, 2, [1, 1, 1, 1], [1, 1, 1, 1]),
     ],
 )
-def test_how_many_positions_are_read(block_size: int, prompt: int, cached: list[int], uncached: list[int]) -> None:
+def test_how_many_positions_are_read(
+    block_size: int, prompt: int, cached: list[int], uncached: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build("dense", block_size=block_size)
     read: list[int] = []
-    model.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].size(1)))
+    embed = model.embed
+
+    def note(ids: Tensor, start: int) -> Tensor:
+        read.append(ids.size(1))
+        return embed(ids, start)
+
+    monkeypatch.setattr(model, "embed", note)
     for use_cache, expected in ((True, cached), (False, uncached)):
         read.clear()
         streams(model, some_ids(prompt).tolist(), use_cache, max_new_tokens=len(expected))

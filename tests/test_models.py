@@ -12,6 +12,7 @@ from tiny_models import KINDS, VOCAB, build, lively, redraw, some_ids
 from torch import Tensor, nn
 
 from minigpt_pl.convolution import ShiftedSum, ShortConv
+from minigpt_pl.decoding import conv_step, decoder
 from minigpt_pl.layers import LayerCache
 from minigpt_pl.models import nll
 from minigpt_pl.optim import build_optimizer
@@ -168,7 +169,8 @@ def test_what_a_cache_holds_of_the_past_does_not_know_the_future(
         model(torch.cat([ids[:, :8], end], 1), cache)  # the past and a future in one piece
         for layer in cache:
             layer.length = 8
-        return torch.cat([model(ids[:, place : place + 1], cache)[0] for place in range(8, 16)], 1)
+        step = decoder(model, cache)
+        return torch.stack([step(ids[:, place : place + 1]) for place in range(8, 16)], 1)
 
     one, other = (logits_after_rewinding(some_ids(2, 6, seed=seed)) for seed in (1, 2))
     assert (one - other).abs().max() <= rounding
@@ -178,18 +180,22 @@ def test_what_a_cache_holds_of_the_past_does_not_know_the_future(
 @torch.no_grad()
 def test_a_cache_changes_no_logit(kind: str) -> None:
     model, ids = lively(kind), some_ids(3, 16)
-    whole, cache = model(ids)[0], model.new_cache()
-    pieces = [model(ids[:, :5], cache)[0]] + [model(ids[:, place : place + 1], cache)[0] for place in range(5, 16)]
-    torch.testing.assert_close(torch.cat(pieces, 1), whole[:, 4:], atol=1e-4, rtol=0)
+    for streams in (ids, ids[:1]):  # one stream chooses its experts another way
+        whole, cache = model(streams)[0], model.new_cache()
+        torch.testing.assert_close(model(streams[:, :5], cache)[0], whole[:, 4:5], atol=1e-4, rtol=0)
+        step = decoder(model, cache)
+        pieces = [step(streams[:, place : place + 1]) for place in range(5, 16)]
+        torch.testing.assert_close(torch.stack(pieces, 1), whole[:, 5:], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_positions_than_the_block_size_are_refused(kind: str) -> None:
     model, cache = build(kind), build(kind).new_cache()
+    with pytest.raises(AssertionError, match="16 at most"):
+        model(some_ids(1, 17))
     model(some_ids(1, 16), cache)
-    for ids, full in ((some_ids(1, 17), None), (some_ids(1, 1), cache)):
-        with pytest.raises(AssertionError, match="16 at most"):
-            model(ids, full)
+    with pytest.raises(AssertionError, match="window is full"):
+        decoder(model, cache)(some_ids(1, 1))
 
 
 # Initialisation.
@@ -264,9 +270,12 @@ def test_a_short_convolution_is_the_sum_of_its_taps() -> None:
             if t >= back:
                 expected = expected + x[:, t - back] * conv.weight[back]
         torch.testing.assert_close(conv(x)[:, t], expected)
-    cache = LayerCache(6)
-    pieces = [conv(piece, cache) for piece in x.split([1, 3, 1, 1], 1)]
-    torch.testing.assert_close(torch.cat(pieces, 1), conv(x))
+    for prompt in (1, 4):
+        cache = LayerCache(6)
+        torch.testing.assert_close(conv(x[:, :prompt], cache), conv(x)[:, :prompt])
+        step = conv_step(conv, cache)
+        pieces = [step(x[:, t]) for t in range(prompt, 6)]
+        torch.testing.assert_close(torch.stack(pieces, 1), conv(x)[:, prompt:])
 
 
 @pytest.mark.parametrize("width", [1, 3])

@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "convolution": "layers",
     "models": "convolution layers moe",
     "ladder": "layers models",
-    "generation": "models randomness",
+    "decoding": "convolution layers models moe",
+    "generation": "decoding models randomness",
     "optim": "",
     # text
     "text": "",
@@ -71,7 +72,7 @@ MAY_IMPORT = {
 Models and text meet in rooms of commands alone.
 """
 
-MODELS = {"layers", "moe", "convolution", "models", "ladder", "generation", "optim", "modules"}
+MODELS = {"layers", "moe", "convolution", "models", "ladder", "decoding", "generation", "optim", "modules"}
 TEXTS = {"text", "tokenizer", "tokens", "windows", "data"}
 PURE = MODELS - {"modules"} | TEXTS - {"data"} | {"errors", "signals", "randomness", "statistics"}
 HEAVY = {"torch", "lightning", "numpy", "wandb", "jsonargparse", "yaml", "tokenizers", "torchmetrics"}
