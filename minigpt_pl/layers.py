@@ -26,8 +26,9 @@ def scaled_mask(shape: torch.Size, p: float) -> Tensor:
     """
     count = math.prod(shape)
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
-    stays = bits.view(torch.int16)[:count].view(shape) >= round(p * 2**16) - 2**15
-    return stays.to(torch.float32).mul_(1 / (1 - p))
+    stays = torch.empty(shape)  # 0 or 1, without a pass over booleans
+    torch.ge(bits.view(torch.int16)[:count].view(shape), round(p * 2**16) - 2**15, out=stays)
+    return stays.mul_(1 / (1 - p))
 
 
 class Dropout(nn.Module):
@@ -149,6 +150,37 @@ class LayerCache:
         return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
 
+class SplitHeads(torch.autograd.Function):
+    """Rotated queries and keys, and values, (B, H, T, D) each, of their one product (B, T, 3, H, D), in few passes."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        B, T, _, H, D = qkv.shape
+        heads = torch.empty(3, B, H, T, D, dtype=qkv.dtype)
+        turn_into(heads[:2], qkv.permute(2, 0, 3, 1, 4)[:2], cos, sin)
+        heads[2] = qkv[:, :, 2].transpose(1, 2)
+        return heads.unbind()
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        B, H, T, D = dq.shape
+        dqkv = torch.empty(B, T, 3, H, D, dtype=dq.dtype)
+        target = dqkv.permute(2, 0, 3, 1, 4)
+        turn_into(target[0], dq, cos, -sin)
+        turn_into(target[1], dk, cos, -sin)
+        target[2] = dv
+        return dqkv, None, None
+
+
+def turn_into(target: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    half = x.size(-1) // 2
+    torch.mul(x, cos, out=target)
+    target[..., :half].addcmul_(x[..., half:], sin[..., :half])
+    target[..., half:].addcmul_(x[..., :half], sin[..., half:])
+
+
 class DroppedAttention(torch.autograd.Function):
     """Causal attention with dropout on its probabilities, block of queries by block, for `draws_own_masks`.
 
@@ -161,13 +193,14 @@ class DroppedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:  # all (N, T, D), N = B * H
         T, block = q.size(1), DroppedAttention.block
-        future = torch.full((T, T), -math.inf).triu_(1)
-        q, y, kept = q * q.size(-1) ** -0.5, torch.empty_like(q), []
+        future, scale = torch.full((T, T), -math.inf).triu_(1), q.size(-1) ** -0.5
+        y, kept = torch.empty_like(q), []
         for start in range(0, T, block):
             stop = min(start + block, T)
-            weights = torch.baddbmm(future[start:stop, :stop], q[:, start:stop], k[:, :stop].mT).softmax(-1)
+            scores = torch.baddbmm(future[start:stop, :stop], q[:, start:stop], k[:, :stop].mT, alpha=scale)
+            weights = scores.softmax(-1)
             dropped = scaled_mask(weights.shape, p).mul_(weights)
-            y[:, start:stop] = dropped @ v[:, :stop]
+            y[:, start:stop].baddbmm_(dropped, v[:, :stop], beta=0)
             kept += [weights, dropped]
         ctx.save_for_backward(q, k, v, y, *kept)
         return y
@@ -176,16 +209,16 @@ class DroppedAttention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, y, *kept = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        row_sums = (dy * y).sum(-1, keepdim=True)
+        row_sums, scale = (dy * y).sum(-1, keepdim=True), q.size(-1) ** -0.5
         T, block = q.size(1), DroppedAttention.block
         for start, weights, dropped in zip(range(0, T, block), kept[::2], kept[1::2], strict=True):
             stop = min(start + block, T)
             dv[:, :stop].baddbmm_(dropped.mT, dy[:, start:stop])
             scores = (dy[:, start:stop] @ v[:, :stop].mT).mul_(dropped)
             scores.addcmul_(weights, row_sums[:, start:stop], value=-1)
-            dq[:, start:stop] = scores @ k[:, :stop]
-            dk[:, :stop].baddbmm_(scores.mT, q[:, start:stop])
-        return dq.mul_(q.size(-1) ** -0.5), dk, dv, None
+            dq[:, start:stop].baddbmm_(scores, k[:, :stop], beta=0, alpha=scale)
+            dk[:, :stop].baddbmm_(scores.mT, q[:, start:stop], alpha=scale)
+        return dq, dk, dv, None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: Dropout) -> Tensor:
@@ -223,8 +256,9 @@ class CausalSelfAttention(nn.Module):
         if self.rope is None:
             q, k, v = qkv.unbind(2)
         else:
-            qk, v = qkv.split([2, 1], 2)
-            (q, k), v = self.rope(qk).unbind(2), v.squeeze(2)
+            q, k, v = SplitHeads.apply(qkv, self.rope.cos[:T, 0, 0], self.rope.sin[:T, 0, 0])
+            y = attend(q, k, v, self.dropout)  # (B, H, T, D)
+            return self.out(y.transpose(1, 2).reshape(B, T, C))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             cache.extend(k, v)
