@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigpt_pl.layers import LayerCache
+from minigpt_pl.attention import LayerCache
 
 
 class ShiftedSum(torch.autograd.Function):

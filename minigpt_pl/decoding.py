@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minigpt_pl.attention import CausalSelfAttention, LayerCache, rotate
 from minigpt_pl.convolution import ShortConv
-from minigpt_pl.layers import Block, CausalSelfAttention, LayerCache, RMSNorm, SwiGLU, rms_norm, rotate, swiglu
+from minigpt_pl.layers import Block, RMSNorm, SwiGLU, rms_norm, swiglu
 from minigpt_pl.models import GPT
 from minigpt_pl.moe import MoE, choose_experts
 
 Turn = tuple[Tensor, Tensor] | None
-"""Cosines and sines (1, 1, D) of the position, or None where positions are not rotated."""
+"""Cosines and sines (D,) of the position, or None where positions are not rotated."""
 
 
 def decoder(model: GPT, cache: list[LayerCache]) -> Callable[[Tensor], Tensor]:

@@ -17,9 +17,9 @@ from tokenizers import models as token_models
 from torch import Tensor
 
 from minigpt_pl import tokenizer as tokenizers
+from minigpt_pl.attention import CausalSelfAttention
 from minigpt_pl.checkpoint import read_checkpoint
 from minigpt_pl.errors import InputError
-from minigpt_pl.layers import CausalSelfAttention
 from minigpt_pl.models import GPT, ClassicGPT, ModernGPT
 from minigpt_pl.modules import from_checkpoint
 from minigpt_pl.moe import MoE

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from minigpt_pl.layers import RMSNorm, Rope, SwiGLU
+from minigpt_pl.attention import Rope
+from minigpt_pl.layers import RMSNorm, SwiGLU
 from minigpt_pl.models import ClassicGPT, gpt2_std, initialise
 
 

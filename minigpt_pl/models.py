@@ -1,4 +1,4 @@
-"""The two GPTs: each a short assembly of the parts in `layers` and `moe`, with one rule of initialisation.
+"""The two GPTs: each a short assembly of the parts in `attention`, `layers` and `moe`, with one rule of initialisation.
 
 Pure torch: no training, no tokens, no Lightning. `forward` gives logits and the aux loss; `modules` adds them up.
 """
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minigpt_pl.attention import CausalSelfAttention, LayerCache, Rope
 from minigpt_pl.convolution import ShortConv
-from minigpt_pl.layers import Block, CausalSelfAttention, Dropout, GeluMLP, LayerCache, RMSNorm, Rope, SwiGLU
+from minigpt_pl.dropout import Dropout
+from minigpt_pl.layers import Block, GeluMLP, RMSNorm, SwiGLU
 from minigpt_pl.moe import Gate, MoE
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from minigpt_pl import cli, helptext
 from minigpt_pl.cli import MiniGPTCLI
 from minigpt_pl.data import TextDataModule
-from minigpt_pl.layers import Dropout
+from minigpt_pl.dropout import Dropout
 from minigpt_pl.models import ClassicGPT, ModernGPT
 from minigpt_pl.modules import ClassicLM, ModernLM
 from minigpt_pl.samples import SampleText

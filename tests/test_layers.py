@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minigpt_pl import layers
-from minigpt_pl.layers import Dropout, GeluMLP, Rope, SwiGLU, attend, rotate
+from minigpt_pl import attention, dropout
+from minigpt_pl.attention import Rope, attend, rotate, split_heads
+from minigpt_pl.dropout import Dropout
+from minigpt_pl.layers import GeluMLP, SwiGLU
 
 
 @pytest.fixture(params=["cpu", "elsewhere"])
 def _masks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks drawn as on a CPU, and as on any other device."""
     if request.param == "elsewhere":
-        monkeypatch.setattr(layers, "draws_own_masks", lambda x: False)
+        for room in (attention, dropout):
+            monkeypatch.setattr(room, "is_plain_cpu", lambda x: False)
 
 
 both_ways = pytest.mark.usefixtures("_masks")
@@ -180,29 +183,54 @@ def test_feed_forward_nets_are_their_formulas() -> None:
     torch.testing.assert_close(swiglu(x), (gate * gate.sigmoid() * up) @ swiglu.down.weight.T, atol=1e-6, rtol=0)
 
 
-# Rotary positions.
+# Heads and rotary positions.
 
 
+def turned(rope: Rope, x: Tensor) -> Tensor:
+    """The one head x (T, D), rotated; what is not a query or key is not."""
+    q, k, v = split_heads(x[None, :, None, None].expand(1, -1, 3, 1, -1), rope)
+    assert torch.equal(v[0, 0], x)
+    assert torch.equal(q, k)
+    return q[0, 0]
+
+
+@both_ways
 def test_rotated_products_depend_on_the_distance_alone() -> None:
     rope = Rope(head_width=8, block_size=32, theta=100.0)
-    q, k = (torch.randn(8, generator=torch.Generator().manual_seed(i)).expand(1, 32, 1, 1, 8) for i in range(2))
-    scores = rope(q)[0, :, 0, 0] @ rope(k)[0, :, 0, 0].T  # (T, T)
+    q, k = (torch.randn(8, generator=torch.Generator().manual_seed(i)).expand(32, 8) for i in range(2))
+    scores = turned(rope, q) @ turned(rope, k).T  # (T, T)
     for distance in (0, 1, 5, 20):
         along = scores.diagonal(-distance)
         torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-4, rtol=0)
     assert (scores[20, 0] - scores[20, 20]).abs() > 0.1
 
 
+@both_ways
 def test_one_position_is_turned_as_among_others() -> None:
-    rope, x = Rope(head_width=8, block_size=32, theta=100.0), torch.randn(2, 32, 2, 3, 8)
-    torch.testing.assert_close(rotate(x[:, 11], rope.cos[11], rope.sin[11]), rope(x)[:, 11])
-    torch.testing.assert_close(rope(x)[:, 0], x[:, 0])
+    rope, x = Rope(head_width=8, block_size=32, theta=100.0), torch.randn(30, 8)
+    torch.testing.assert_close(rotate(x[11], rope.cos[11], rope.sin[11]), turned(rope, x)[11])
+    torch.testing.assert_close(turned(rope, x)[0], x[0])
 
 
+@both_ways
 def test_rotary_halves_turn_by_the_published_angles() -> None:
-    turned = Rope(head_width=4, block_size=8, theta=100.0)(torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(1, 8, 1, 1, 4))
+    x = turned(Rope(head_width=4, block_size=8, theta=100.0), torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(8, 4))
     for place in (0, 1, 7):
         for low, rate in ((0, 1.0), (1, 0.1)):  # theta ** -(0 / 4), theta ** -(2 / 4)
             turn = complex(low + 1, low + 3) * complex(math.cos(place * rate), math.sin(place * rate))
-            got = turned[0, place, 0, 0, [low, low + 2]].tolist()
-            assert got == pytest.approx([turn.real, turn.imag], abs=1e-5)
+            assert x[place, [low, low + 2]].tolist() == pytest.approx([turn.real, turn.imag], abs=1e-5)
+
+
+def test_heads_split_in_few_passes_have_the_gradient_of_those_split_in_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    rope, direction = Rope(head_width=6, block_size=9, theta=100.0), torch.randn(3, 2, 4, 7, 6)
+    results = []
+    for quick in (True, False):
+        monkeypatch.setattr(attention, "is_plain_cpu", lambda x, quick=quick: quick)
+        qkv = torch.randn(2, 7, 3, 4, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        heads = torch.stack(split_heads(qkv, rope))
+        (heads * direction).sum().backward()
+        assert qkv.grad is not None
+        results.append((heads.detach(), qkv.grad))
+    for quick, slow in zip(*results, strict=True):
+        torch.testing.assert_close(quick, slow)
+        assert not torch.equal(slow[..., 1, :], slow[..., 2, :])

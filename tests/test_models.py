@@ -11,9 +11,9 @@ import torch
 from tiny_models import KINDS, VOCAB, build, lively, redraw, some_ids
 from torch import Tensor, nn
 
+from minigpt_pl.attention import LayerCache
 from minigpt_pl.convolution import ShiftedSum, ShortConv
 from minigpt_pl.decoding import conv_step, decoder
-from minigpt_pl.layers import LayerCache
 from minigpt_pl.models import nll
 from minigpt_pl.optim import build_optimizer
 

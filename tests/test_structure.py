@@ -22,12 +22,14 @@ MAY_IMPORT = {
     "randomness": "",
     "statistics": "",
     # models
-    "layers": "",
+    "dropout": "",
+    "attention": "dropout",
+    "layers": "attention dropout",
     "moe": "layers",
-    "convolution": "layers",
-    "models": "convolution layers moe",
-    "ladder": "layers models",
-    "decoding": "convolution layers models moe",
+    "convolution": "attention",
+    "models": "attention convolution dropout layers moe",
+    "ladder": "attention layers models",
+    "decoding": "attention convolution layers models moe",
     "generation": "decoding models randomness",
     "optim": "",
     # text
@@ -56,7 +58,7 @@ MAY_IMPORT = {
     "training vetting",
     "api": "checkpoint generation models modules tokenizer windows",
     "floors": "data",
-    "export": "checkpoint layers models modules moe tokenizer",
+    "export": "attention checkpoint models modules moe tokenizer",
     "results": "checkpoint data generation models modules settings summary",
     "plans": "checkpoint cli data results settings statistics summary text tokens",
     "findings": "plans results statistics",
@@ -72,7 +74,19 @@ MAY_IMPORT = {
 Models and text meet in rooms of commands alone.
 """
 
-MODELS = {"layers", "moe", "convolution", "models", "ladder", "decoding", "generation", "optim", "modules"}
+MODELS = {
+    "dropout",
+    "attention",
+    "layers",
+    "moe",
+    "convolution",
+    "models",
+    "ladder",
+    "decoding",
+    "generation",
+    "optim",
+    "modules",
+}
 TEXTS = {"text", "tokenizer", "tokens", "windows", "data"}
 PURE = MODELS - {"modules"} | TEXTS - {"data"} | {"errors", "signals", "randomness", "statistics"}
 HEAVY = {"torch", "lightning", "numpy", "wandb", "jsonargparse", "yaml", "tokenizers", "torchmetrics"}
