@@ -173,7 +173,7 @@ class TrainFigures(Callback):
         self.latest = {
             "train/loss": loss,
             "train/grad_norm": norm,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": trainer.optimizers[0].param_groups[-1]["lr"],  # with Muon too those that have model.lr are last
             "tokens_seen": self.tokens_seen,
         }
         if speed := self._settle():

@@ -38,7 +38,7 @@ def layout_of(model: GPT) -> Layout:
         return gpt2(model)
     if type(model) is ModernGPT:
         if blocks_of(model)[0].conv_1 is not None:
-            raise InputError("no layout in transformers has short convolutions: export a model with conv_width 0")
+            raise InputError("no layout in transformers has short convolutions: train with --model.conv_width 0")
         first = blocks_of(model)[0].feed_forward
         if not isinstance(first, MoE):
             return llama(model)

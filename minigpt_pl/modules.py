@@ -22,7 +22,7 @@ from minigpt_pl.moe import Gate
 from minigpt_pl.optim import Rule, Schedule, build_optimizer, lr_factor
 from minigpt_pl.vetting import check_sizes_fit
 
-ROPE_THETA, RMS_NORM_EPS, FFN_MULT, MUON_LR = 10000.0, 1e-8, 2.0, 0.01
+ROPE_THETA, RMS_NORM_EPS, FFN_MULT, MUON_LR = 10000.0, 1e-8, 2.5, 0.01
 
 
 class LanguageModel(LightningModule, ABC):
@@ -221,9 +221,9 @@ class ClassicLM(LanguageModel):
         n_layer: int = 4,
         n_head: int = 4,
         n_embd: int = 128,
-        block_size: int = 128,
-        schedule: Schedule = "cosine",
-        optimizer: Rule = "adamw",
+        block_size: int = 256,
+        schedule: Schedule = "wsd",
+        optimizer: Rule = "muon",
         muon_lr: float = MUON_LR,
         compile: bool = False,
     ):
@@ -260,9 +260,9 @@ class LadderLM(LanguageModel):
         n_layer: int = 4,
         n_head: int = 4,
         n_embd: int = 128,
-        block_size: int = 128,
-        schedule: Schedule = "cosine",
-        optimizer: Rule = "adamw",
+        block_size: int = 256,
+        schedule: Schedule = "wsd",
+        optimizer: Rule = "muon",
         muon_lr: float = MUON_LR,
         compile: bool = False,
     ):
@@ -312,7 +312,7 @@ class ModernLM(LanguageModel):
         n_layer: int = 4,
         n_head: int = 4,
         n_embd: int = 128,
-        block_size: int = 128,
+        block_size: int = 256,
         rope_theta: float = ROPE_THETA,
         rms_norm_eps: float = RMS_NORM_EPS,
         ffn_mult: float = FFN_MULT,
@@ -320,11 +320,11 @@ class ModernLM(LanguageModel):
         moe_top_k: int = 1,
         moe_gate: Gate = "softmax_all",
         moe_aux_loss_coef: float = 0.0015,
-        tied_head: bool = True,
-        zero_init: bool = False,
-        conv_width: int = 0,
-        schedule: Schedule = "cosine",
-        optimizer: Rule = "adamw",
+        tied_head: bool = False,
+        zero_init: bool = True,
+        conv_width: int = 4,
+        schedule: Schedule = "wsd",
+        optimizer: Rule = "muon",
         muon_lr: float = MUON_LR,
         compile: bool = False,
     ):

@@ -49,8 +49,9 @@ def test_any_flipped_byte_of_weights_and_optimizer_state_is_noticed(run: Path) -
     path = run / "last.ckpt"
     data, checkpoint = path.read_bytes(), read_checkpoint(path)
     weights = checkpoint["state_dict"]["net.blocks.0.attention.qkv.weight"]
-    moments = checkpoint["optimizer_states"][0]["state"][1]
-    for tensor in (weights, moments["exp_avg"], moments["exp_avg_sq"]):
+    moments = checkpoint["optimizer_states"][0]["state"]
+    vectors = next(state for state in moments.values() if "exp_avg" in state)
+    for tensor in (weights, moments[0]["momentum"], vectors["exp_avg"], vectors["exp_avg_sq"]):
         for offset in (0, tensor.nbytes // 2, tensor.nbytes - 1):
             broken = bytearray(data)
             broken[place_of(data, tensor) + offset] ^= 1

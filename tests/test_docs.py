@@ -108,6 +108,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "4",
         "--data.eval_every",
         "4",
+        "--model.conv_width",
+        "0",
     )
     assert main(["fit", *words, "--data.path", str(folder / "my.txt"), "--run_dir", str(folder / "run")]) == 0
     return folder

@@ -15,13 +15,13 @@ transformers = pytest.importorskip("transformers", reason="the dev extra has it"
 
 KINDS = {
     "classic": ("--model", "ClassicLM"),
-    "modern": (),
-    "modern, untied": ("--model.tied_head", "false"),
-    "moe, softmax_all": ("--model.n_experts", "4"),
-    "moe, softmax_all, 2 of 4": ("--model.n_experts", "4", "--model.moe_top_k", "2"),
-    "moe, constant gate": ("--model.n_experts", "4", "--model.moe_gate", "softmax_selected"),
-    "moe, renormalised": ("--model.n_experts", "4", "--model.moe_top_k", "2", "--model.moe_gate", "softmax_selected"),
-    "bpe": ("-c", "bpe"),
+    "modern": ("--model.conv_width", "0", "--model.tied_head", "true"),
+    "modern, untied": ("--model.conv_width", "0"),
+    "moe, softmax_all": ("--model.conv_width", "0", "--model.n_experts", "4"),
+    "moe, softmax_all, 2 of 4": ("--model.conv_width", "0", "--model.n_experts", "4", "--model.moe_top_k", "2"),
+    "moe, constant gate": ("--model.conv_width", "0", "--model.n_experts", "4", "--model.moe_gate", "softmax_selected"),
+    "moe, renormalised": ("--model.conv_width", "0", "--model.n_experts", "4", "--model.moe_top_k", "2", "--model.moe_gate", "softmax_selected"),
+    "bpe": ("--model.conv_width", "0", "-c", "bpe"),
 }
 TABLE: list[str] = []
 
@@ -81,7 +81,7 @@ def test_what_no_layout_has_is_refused(minigpt, tmp_path):
 
 def test_a_folder_with_something_in_it_is_left_alone(minigpt, tmp_path):
     run, out = tmp_path / "run", tmp_path / "hf"
-    minigpt("fit", *TINY, "--run_dir", run)
+    minigpt("fit", *TINY, "--model.conv_width", 0, "--run_dir", run)
     out.mkdir()
     (out / "config.json").write_text("mine")
     outcome = minigpt("export", "--ckpt_path", run / "best.ckpt", "--out", out)

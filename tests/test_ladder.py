@@ -108,4 +108,3 @@ def test_each_step_of_the_study_changes_what_it_names() -> None:
         assert changes[name] == {"model.rung"}
     for pair in STUDY.comparisons:  # of neighbours, and of pairs that see equal batches
         assert names.index(pair[0]) - names.index(pair[1]) == 1
-    assert yaml.safe_load((PROJECT / "configs/default.yaml").read_text())["data"]["batch_size"] == 16

@@ -41,7 +41,7 @@ def leave(folder: Path, name: str, seed: int, best: float, words: str = "", **su
     """A results folder with a given figure."""
     place = folder / "runs" / f"{name}-{seed}"
     place.mkdir(parents=True)
-    settings = resolved(words.split()) | {"seed_everything": seed}
+    settings = resolved(f"--model.block_size 128 {words}".split()) | {"seed_everything": seed}
     (place / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     found = {
         "best_nats_per_char": best, "best_step": 200, "total_steps": 200, "stop_reason": "completed",
@@ -66,7 +66,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in range(8):
         leave(folder, "dense", seed, 1.25 + NOISE[0, seed])
         leave(folder, "sparse", seed, 1.25 - 0.012 + NOISE[1, seed], "-c moe", params_total=3000, params_active=1010)
-        leave(folder, "wide", seed, 1.25 + NOISE[2, seed], "--data.batch_size 8", params_total=3000)
+        leave(folder, "wide", seed, 1.25 + NOISE[2, seed], "--data.batch_size 16", params_total=3000)
         if seed < 3:
             leave(folder, "rare", seed, 1.0 + NOISE[3, seed])
     named = ["sparse - dense", "wide - dense", "rare - dense", "never - dense"]

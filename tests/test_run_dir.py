@@ -142,7 +142,7 @@ def test_a_branch_needs_a_place_and_names_its_parent(minigpt: Call, run: Path, t
 
 def test_a_branch_without_changes_is_the_run_itself(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
     """From the best of 10 steps to 16: the weights are those of the run that made all 16 at once."""
-    options = ("fit", *SMALL, "--data.path", text_file)
+    options = ("fit", *SMALL, "--data.path", text_file, "--model.schedule", "constant")
     assert minigpt(*options, "--run_dir", tmp_path / "straight").status == 0
     assert minigpt(*options, "--run_dir", tmp_path / "short", "--trainer.max_steps", 10).status == 0
     source = ("fit", "--ckpt_path", tmp_path / "short" / "best.ckpt", "--trainer.max_steps", 16)

@@ -189,7 +189,7 @@ def test_what_has_results_is_done_and_what_differs_is_not_taken_for_it(place: Pa
     write(runs={"a": "--model.lr 0.5", "b": "--model.n_layer 1"}, comparisons=["b - a"])
     other = minigpt("study", path, "--only", "a", "--seeds", 1)
     assert other.status == 2
-    assert "holds results of other settings (model.lr: 0.003 -> 0.5)" in other.err
+    assert "holds results of other settings (model.lr: 0.006 -> 0.5)" in other.err
     write(runs={"a": "", "b": "--model.n_layer 1"})
     later = minigpt("study", path, "--only", "a", "--seeds", 1)
     assert later.status == 2
@@ -206,7 +206,7 @@ def test_a_run_directory_of_other_settings_is_not_gone_on_with(place: Path, mini
     ready(minigpt, read_study(path), "a", 1337)
     done = minigpt("study", write(runs={"a": "--model.dropout 0.5"}, seeds=1))
     assert done.status == 2
-    assert "runs/trial/a-1337 holds a run of other settings (model.dropout: 0.1 -> 0.5)" in done.err
+    assert "runs/trial/a-1337 holds a run of other settings (model.dropout: 0.2 -> 0.5)" in done.err
 
 
 def test_a_setting_that_is_new_since_does_not_make_old_results_another_run() -> None:
