@@ -188,7 +188,10 @@ def test_what_changes_under_a_checkpoint_is_said_in_one_line_each(
     ("words", "line"),
     [
         (("--model.moe_top_k", 2), "--model.moe_top_k 2 has no effect: model.n_experts is 0"),
-        (("--model.optimizer", "adamw", "--model.muon_lr", 0.1), "--model.muon_lr 0.1 has no effect: model.optimizer is adamw"),
+        (
+            ("--model.optimizer", "adamw", "--model.muon_lr", 0.1),
+            "--model.muon_lr 0.1 has no effect: model.optimizer is adamw",
+        ),
         (("--data.eval_iters", 5), "--data.eval_iters 5 has no effect: data.eval_mode is full"),
         (
             ("--data.eval_mode", "sampled", "--data.eval_iters", 1, "--data.max_eval_tokens", 64),

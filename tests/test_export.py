@@ -13,15 +13,17 @@ from minigpt_pl.export import export
 
 transformers = pytest.importorskip("transformers", reason="the dev extra has it")
 
+PLAIN = ("--model.conv_width", "0")
+SPARSE = (*PLAIN, "--model.n_experts", "4")
 KINDS = {
     "classic": ("--model", "ClassicLM"),
-    "modern": ("--model.conv_width", "0", "--model.tied_head", "true"),
-    "modern, untied": ("--model.conv_width", "0"),
-    "moe, softmax_all": ("--model.conv_width", "0", "--model.n_experts", "4"),
-    "moe, softmax_all, 2 of 4": ("--model.conv_width", "0", "--model.n_experts", "4", "--model.moe_top_k", "2"),
-    "moe, constant gate": ("--model.conv_width", "0", "--model.n_experts", "4", "--model.moe_gate", "softmax_selected"),
-    "moe, renormalised": ("--model.conv_width", "0", "--model.n_experts", "4", "--model.moe_top_k", "2", "--model.moe_gate", "softmax_selected"),
-    "bpe": ("--model.conv_width", "0", "-c", "bpe"),
+    "modern": (*PLAIN, "--model.tied_head", "true"),
+    "modern, untied": PLAIN,
+    "moe, softmax_all": SPARSE,
+    "moe, softmax_all, 2 of 4": (*SPARSE, "--model.moe_top_k", "2"),
+    "moe, constant gate": (*SPARSE, "--model.moe_gate", "softmax_selected"),
+    "moe, renormalised": (*SPARSE, "--model.moe_top_k", "2", "--model.moe_gate", "softmax_selected"),
+    "bpe": (*PLAIN, "-c", "bpe"),
 }
 TABLE: list[str] = []
 
@@ -81,7 +83,7 @@ def test_what_no_layout_has_is_refused(minigpt, tmp_path):
 
 def test_a_folder_with_something_in_it_is_left_alone(minigpt, tmp_path):
     run, out = tmp_path / "run", tmp_path / "hf"
-    minigpt("fit", *TINY, "--model.conv_width", 0, "--run_dir", run)
+    minigpt("fit", *TINY, *PLAIN, "--run_dir", run)
     out.mkdir()
     (out / "config.json").write_text("mine")
     outcome = minigpt("export", "--ckpt_path", run / "best.ckpt", "--out", out)

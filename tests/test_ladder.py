@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import PROJECT, TINY, Outcome
 
 from minigpt_pl import load_checkpoint

@@ -24,8 +24,8 @@ WARMUP = 5
 
 def default_parts(**sizes: int) -> tuple[ModernLM, TextDataModule]:
     torch.manual_seed(1337)
-    data = TextDataModule("data/input.txt", sizes.get("block_size", 128), sizes.pop("batch_size", 16), 10**9, 1337)
-    return ModernLM(data.vocab_size, 2e-3, 0.1, 0.1, **sizes), data
+    data = TextDataModule("data/input.txt", sizes.get("block_size", 256), sizes.pop("batch_size", 8), 10**9, 1337)
+    return ModernLM(data.vocab_size, 6e-3, 0.2, 0.1, **sizes), data
 
 
 def bare_loop(steps: int, **sizes: int) -> float:
@@ -37,7 +37,7 @@ def bare_loop(steps: int, **sizes: int) -> float:
         if i == WARMUP:
             began = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * lr_factor("cosine", i, steps)
+            group["lr"] = 6e-3 * lr_factor("wsd", i, steps)
         nll(model.net(x)[0], y).mean().backward()
         nn.utils.clip_grad_norm_(model.net.parameters(), 1.0)
         optimizer.step()
