@@ -127,7 +127,7 @@ class DroppedAttention(torch.autograd.Function):
             scores = torch.baddbmm(future[start:stop, :stop], q[:, start:stop], k[:, :stop].mT, alpha=scale)
             weights = scores.softmax(-1)
             dropped = scaled_mask(weights.shape, p).mul_(weights)
-            y[:, start:stop].baddbmm_(dropped, v[:, :stop], beta=0)
+            y[:, start:stop] = dropped @ v[:, :stop]  # torch multiplies into a part of a tensor on one thread
             kept += [weights, dropped]
         ctx.save_for_backward(q, k, v, y, *kept)
         return y
@@ -140,12 +140,12 @@ class DroppedAttention(torch.autograd.Function):
         T, block = q.size(1), DroppedAttention.block
         for start, weights, dropped in zip(range(0, T, block), kept[::2], kept[1::2], strict=True):
             stop = min(start + block, T)
-            dv[:, :stop].baddbmm_(dropped.mT, dy[:, start:stop])
+            dv[:, :stop] += dropped.mT @ dy[:, start:stop]
             scores = (dy[:, start:stop] @ v[:, :stop].mT).mul_(dropped)
             scores.addcmul_(weights, row_sums[:, start:stop], value=-1)
-            dq[:, start:stop].baddbmm_(scores, k[:, :stop], beta=0, alpha=scale)
-            dk[:, :stop].baddbmm_(scores.mT, q[:, start:stop], alpha=scale)
-        return dq, dk, dv, None
+            dq[:, start:stop] = scores @ k[:, :stop]
+            dk[:, :stop] += scores.mT @ q[:, start:stop]
+        return dq.mul_(scale), dk.mul_(scale), dv, None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: Dropout) -> Tensor:
