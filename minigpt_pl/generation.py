@@ -74,6 +74,24 @@ def choose(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
     return (index if order is None else order.gather(-1, index)).squeeze(-1)
 
 
+LITTLE_WORK = 2**23
+"""Products of a position below which a second thread is woken for longer than it helps."""
+
+
+def on_one_thread(step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same function, which leaves torch's number of threads as it was."""
+
+    def alone(ids: Tensor) -> Tensor:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return step(ids)
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
+
+
 @torch.inference_mode()
 def generate(model: GPT, prompt: Sequence[int], sampling: Sampling, use_cache: bool = True) -> Iterator[list[int]]:
     """Continues a prompt in `sampling.num_samples` streams at once.
@@ -94,6 +112,7 @@ def generate(model: GPT, prompt: Sequence[int], sampling: Sampling, use_cache: b
     )
     window = torch.tensor(prompt[-model.block_size :], device=device).expand(streams, -1)  # (S, T)
     step: Callable[[Tensor], Tensor] | None = None
+    work = streams * model.params_active()
     for i in range(sampling.max_new_tokens):
         if step is not None:
             logits = step(window[:, -1:])
@@ -101,6 +120,7 @@ def generate(model: GPT, prompt: Sequence[int], sampling: Sampling, use_cache: b
             cache = model.new_cache() if use_cache else None
             logits = model(window, cache)[0][:, -1]
             step = decoder(model, cache) if cache else None
+            step = on_one_thread(step) if step and work < LITTLE_WORK else step
         tokens = choose(logits, draws[i], sampling)
         yield tokens.tolist()
         window = torch.cat([window, tokens.unsqueeze(-1)], 1)

@@ -228,3 +228,17 @@ def test_only_the_likeliest_are_left_and_keep_their_proportions(restriction: dic
 def test_settings_without_meaning_are_refused_by_name(bad: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         Sampling(**bad)
+
+
+def test_a_small_model_is_read_by_one_thread_and_the_others_are_given_back() -> None:
+    torch.set_num_threads(2)
+    try:
+        for change, expected in (({}, 1), ({"n_embd": 1024, "n_layer": 1}, 2)):
+            model, seen = build("classic", **change), []
+            embed = model.embed
+            model.embed = lambda *args, embed=embed, seen=seen: (seen.append(torch.get_num_threads()), embed(*args))[1]  # type: ignore[method-assign]
+            for _ in generate(model, PROMPT, Sampling(max_new_tokens=3)):
+                assert torch.get_num_threads() == 2
+            assert seen == [2, expected, expected]
+    finally:
+        torch.set_num_threads(1)
