@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from minigpt_pl.attention import CausalSelfAttention, LayerCache, rotate
 from minigpt_pl.convolution import ShortConv
-from minigpt_pl.layers import Block, RMSNorm, SwiGLU, rms_norm, swiglu
+from minigpt_pl.layers import Block, RMSNorm, SwiGLU, inverse_rms, swiglu
 from minigpt_pl.models import GPT
 from minigpt_pl.moe import MoE, choose_experts
 
@@ -67,9 +67,9 @@ def block_step(block: Any, cache: LayerCache) -> Callable[[Tensor, Turn], Tensor
 
 def part(module: Any) -> Callable[[Tensor], Tensor]:
     """A norm or feed-forward net as a function of x (S, C); the module itself unless there is a quicker one."""
-    if isinstance(module, RMSNorm):
-        weight, eps = module.weight, module.eps
-        return lambda x: rms_norm(x, weight, eps)
+    if isinstance(module, RMSNorm) and module.weight.device.type == "cpu":
+        weight, eps = module.weight, torch.tensor(module.eps)
+        return lambda x: x * inverse_rms(x, eps) * weight
     if isinstance(module, SwiGLU):
         gate_up, down = module.gate_up.weight, module.down.weight
         return lambda x: F.linear(swiglu(F.linear(x, gate_up)), down)
@@ -84,11 +84,9 @@ def attention_step(attention: Any, cache: LayerCache) -> Callable[[Tensor, Turn]
     def step(x: Tensor, turn: Turn) -> Tensor:
         S, C = x.shape
         qkv = F.linear(x, qkv_weight, qkv_bias).view(S, 3, heads, 1, C // heads)  # one position: (S, 3, H, 1, D)
-        if turn is None:
-            q, k, v = qkv.unbind(1)
-        else:
+        q, k, v = qkv.unbind(1)
+        if turn is not None:
             q, k = rotate(qkv.narrow(1, 0, 2), *turn).unbind(1)
-            v = qkv.select(1, 2)
         y = F.scaled_dot_product_attention(q, *cache.extend(k, v))  # the last position sees every key
         return F.linear(y.reshape(S, C), out_weight, out_bias)
 
