@@ -81,22 +81,25 @@ class Muon(torch.optim.AdamW):
             if p.grad is not None:
                 same.setdefault(p.shape, []).append((p, p.grad))
         for shape, matrices in same.items():
-            directions, states = [], [self.state[p] for p, _ in matrices]
-            for (p, gradient), state in zip(matrices, states, strict=True):
+            states = [self.state[p] for p, _ in matrices]
+            for (p, _), state in zip(matrices, states, strict=True):
                 if not state:
                     state["step"] = torch.zeros(())  # AdamW loads no state without
                     state["momentum"], state["rows"] = torch.zeros_like(p), torch.zeros_like(p[..., :1])
-                state["momentum"].lerp_(gradient, 1 - self.momentum)
-                directions.append(gradient.lerp_(state["momentum"], self.momentum))
                 p.grad = None
-            updates = orthogonal(torch.stack(directions))
+            momenta = [state["momentum"] for state in states]
+            gradients: list[Tensor] = [gradient for _, gradient in matrices]
+            torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+            torch._foreach_lerp_(gradients, momenta, self.momentum)
+            updates = orthogonal(torch.stack(gradients))
             rows = updates.square().mean(-1, keepdim=True)
-            rows = torch.stack([s["rows"].lerp_(row, 1 - self.memory) for s, row in zip(states, rows, strict=True)])
-            even = updates * rows.clamp(min=1e-16).rsqrt()
+            torch._foreach_lerp_([state["rows"] for state in states], rows.unbind(), 1 - self.memory)
+            even = updates * torch.stack([state["rows"] for state in states]).clamp_(min=1e-16).rsqrt_()
             even *= norm(updates) / norm(even).clamp(min=1e-7)
             rate = group["lr"] * math.sqrt(max(1, shape[-2] / shape[-1]))
-            for (p, _), update in zip(matrices, even, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
+            parameters: list[Tensor] = [p for p, _ in matrices]
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(parameters, even.unbind(), alpha=-rate)
 
 
 def norm(matrices: Tensor) -> Tensor:
@@ -113,11 +116,14 @@ def orthogonal(matrices: Tensor) -> Tensor:
     x = matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
     x = x / (norm(x) + 1e-7)
     gram = x @ x.mT
-    product = identity = torch.eye(gram.size(-1), device=gram.device, dtype=gram.dtype)
-    for _ in range(5):
-        factor = a * identity + b * gram + c * (gram @ gram)
-        product = factor @ product
-        gram = factor @ gram @ factor
+    product: Tensor | None = None
+    for turns_left in reversed(range(5)):
+        factor = b * gram + c * (gram @ gram)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor if product is None else factor @ product
+        if turns_left:
+            gram = factor @ gram @ factor
+    assert product is not None
     x = product @ x
     return x.mT if matrices.size(-2) > matrices.size(-1) else x
 
