@@ -76,7 +76,7 @@ def test_what_no_layout_has_is_refused(minigpt, tmp_path):
 
     with pytest.raises(InputError, match="Rung has no layout"):
         layout_of(Rung())  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="short convolutions: export a model with conv_width 0"):
+    with pytest.raises(InputError, match="short convolutions: train with --model.conv_width 0"):
         layout_of(build("frontier"))
     layout_of(build("frontier", conv_width=0))
 
