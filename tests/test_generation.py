@@ -5,7 +5,7 @@ Bad settings and prompts are the command line's; here is the function from token
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,17 @@ def streams(model: GPT, prompt: Sequence[int] = PROMPT, use_cache: bool = True, 
     """The tokens of each sample."""
     steps = list(generate(model, prompt, Sampling(**sampling), use_cache))
     return [list(stream) for stream in zip(*steps, strict=True)]
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, model: GPT, note: Callable[[Tensor], None]) -> None:
+    """Calls `note` with whatever ids the model reads, one position or many."""
+    embed = model.embed
+
+    def noting(ids: Tensor, start: int) -> Tensor:
+        note(ids)
+        return embed(ids, start)
+
+    monkeypatch.setattr(model, "embed", noting)
 
 
 def steady(probabilities: Sequence[float]) -> GPT:
@@ -79,13 +90,7 @@ def test_how_many_positions_are_read(
 ) -> None:
     model = build("dense", block_size=block_size)
     read: list[int] = []
-    embed = model.embed
-
-    def note(ids: Tensor, start: int) -> Tensor:
-        read.append(ids.size(1))
-        return embed(ids, start)
-
-    monkeypatch.setattr(model, "embed", note)
+    watch(monkeypatch, model, lambda ids: read.append(ids.size(1)))
     for use_cache, expected in ((True, cached), (False, uncached)):
         read.clear()
         streams(model, some_ids(prompt).tolist(), use_cache, max_new_tokens=len(expected))
@@ -230,15 +235,16 @@ def test_settings_without_meaning_are_refused_by_name(bad: dict[str, Any], named
         Sampling(**bad)
 
 
-def test_a_small_model_is_read_by_one_thread_and_the_others_are_given_back() -> None:
+@pytest.mark.parametrize(("sizes", "expected"), [({}, 1), ({"n_embd": 1024, "n_layer": 1}, 2)])
+def test_a_small_model_is_read_by_one_thread_and_the_others_are_given_back(
+    sizes: dict[str, int], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, threads = build("classic", **sizes), []
+    watch(monkeypatch, model, lambda ids: threads.append(torch.get_num_threads()))
     torch.set_num_threads(2)
     try:
-        for change, expected in (({}, 1), ({"n_embd": 1024, "n_layer": 1}, 2)):
-            model, seen = build("classic", **change), []
-            embed = model.embed
-            model.embed = lambda *args, embed=embed, seen=seen: (seen.append(torch.get_num_threads()), embed(*args))[1]  # type: ignore[method-assign]
-            for _ in generate(model, PROMPT, Sampling(max_new_tokens=3)):
-                assert torch.get_num_threads() == 2
-            assert seen == [2, expected, expected]
+        for _ in generate(model, PROMPT, Sampling(max_new_tokens=3)):
+            assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+    assert threads == [2, expected, expected]  # the prompt is read by all
