@@ -51,18 +51,15 @@ class LayerCache:
         self.length = 0
         self.recent: dict[nn.Module, Tensor] = {}
         """What each short convolution has read last."""
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+        self.pairs: Tensor | None = None
 
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends keys and values (B, H, T, D) of new positions; returns those of all positions."""
-        if self.keys is None or self.values is None:
-            shape = (*keys.shape[:2], self.size, keys.shape[3])
-            self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
-        self.keys.narrow(2, self.length, keys.size(2)).copy_(keys)
-        self.values.narrow(2, self.length, keys.size(2)).copy_(values)
-        self.length += keys.size(2)
-        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
+    def extend(self, pairs: Tensor) -> tuple[Tensor, ...]:
+        """Appends keys and values (2, B * H, T, D) of new positions; returns those of all, (B * H, length, D) each."""
+        if self.pairs is None:
+            self.pairs = pairs.new_empty(*pairs.shape[:2], self.size, pairs.shape[3])
+        self.pairs.narrow(2, self.length, pairs.size(2)).copy_(pairs)
+        self.length += pairs.size(2)
+        return self.pairs.narrow(2, 0, self.length).unbind()
 
 
 class SplitHeads(torch.autograd.Function):
@@ -181,6 +178,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = split_heads(self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head), self.rope)
         if cache is not None:
-            cache.extend(k, v)
+            cache.length = 0  # the modules read from the beginning
+            cache.extend(torch.stack([k, v]).flatten(1, 2))
         y = attend(q, k, v, self.dropout)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, C))

@@ -4,44 +4,56 @@ They compute what the modules do. For a single row a module's call and the look-
 product; here both are done once for all positions that a cache holds. Many positions at once are read by the modules.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from minigpt_pl.attention import CausalSelfAttention, LayerCache, rotate
+from minigpt_pl.attention import CausalSelfAttention, LayerCache, Rope, rotate
 from minigpt_pl.convolution import ShortConv
-from minigpt_pl.layers import Block, RMSNorm, SwiGLU, inverse_rms, swiglu
+from minigpt_pl.layers import Block, RMSNorm, SwiGLU, swiglu
 from minigpt_pl.models import GPT
 from minigpt_pl.moe import MoE, choose_experts
 
 Turn = tuple[Tensor, Tensor] | None
-"""Cosines and sines (D,) of the position, or None where positions are not rotated."""
+"""Cosines and sines (3, 1, 1, D) of the position for queries, keys and values; None where none are rotated."""
 
 
 def decoder(model: GPT, cache: list[LayerCache]) -> Callable[[Tensor], Tensor]:
-    """A function from the newest token of each stream (S, 1) to the logits (S, V) of the next; it extends the cache.
+    """A function from the newest token of each stream (S,) to the logits (S, V) of the next; it extends the cache.
 
     Args:
         model: In eval mode; its weights are read now.
-        cache: What `model` has filled.
+        cache: What `model` fills before the first call, and may fill again.
     """
     blocks = [block_step(block, layer) for block, layer in zip(model.blocks, cache, strict=True)]
     first: Any = model.blocks[0]
-    norm, head, rope = part(model.norm), model.head.weight, first.attention.rope
+    tokens, positions = model.token_embedding.weight, getattr(model, "position_embedding", None)
+    norm, head, turns = part(model.norm), model.head.weight.t(), all_turns(first.attention.rope)
 
     def step(ids: Tensor) -> Tensor:
         position = cache[0].length
         assert position < model.block_size, "the window is full"
-        turn = (rope.cos[position], rope.sin[position]) if rope is not None else None
-        x = model.embed(ids, position).squeeze(1)
+        turn = (turns[0][position], turns[1][position]) if turns is not None else None
+        x = tokens.index_select(0, ids)
+        if positions is not None:
+            x = x + positions.weight[position]
         for block in blocks:
             x = block(x, turn)
-        return F.linear(norm(x), head)
+        return norm(x) @ head
 
     return step
+
+
+def all_turns(rope: Rope | None) -> Turn:
+    """The turns of every position, (T, 3, 1, 1, D); that of the values leaves them as they are."""
+    if rope is None:
+        return None
+    cos, sin = (table.view(len(table), 1, 1, 1, -1).repeat(1, 3, 1, 1, 1) for table in (rope.cos, rope.sin))
+    cos[:, 2], sin[:, 2] = 1, 0
+    return cos, sin
 
 
 def block_step(block: Any, cache: LayerCache) -> Callable[[Tensor, Turn], Tensor]:
@@ -56,7 +68,7 @@ def block_step(block: Any, cache: LayerCache) -> Callable[[Tensor, Turn], Tensor
         y = x
         for function in before:
             y = function(y)
-        x = x + attention(y, turn)
+        x = attention(y, turn).add_(x)
         y = x
         for function in branch:
             y = function(y)
@@ -68,27 +80,38 @@ def block_step(block: Any, cache: LayerCache) -> Callable[[Tensor, Turn], Tensor
 def part(module: Any) -> Callable[[Tensor], Tensor]:
     """A norm or feed-forward net as a function of x (S, C); the module itself unless there is a quicker one."""
     if isinstance(module, RMSNorm) and module.weight.device.type == "cpu":
-        weight, eps = module.weight, torch.tensor(module.eps)
-        return lambda x: x * inverse_rms(x, eps) * weight
+        C, eps = len(module.weight), module.eps  # x / rms = sqrt(C) x / sqrt(sum of squares + C eps)
+        weight, least = module.weight * math.sqrt(C), torch.tensor(math.sqrt(C * eps))
+        return lambda x: (x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), least)).mul_(weight)
     if isinstance(module, SwiGLU):
-        gate_up, down = module.gate_up.weight, module.down.weight
-        return lambda x: F.linear(swiglu(F.linear(x, gate_up)), down)
+        gate_up, down = module.gate_up.weight.t(), module.down.weight.t()
+        return lambda x: swiglu(x @ gate_up) @ down
     return moe_step(module) if isinstance(module, MoE) else module
+
+
+def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """A linear module as a function of x (S, i)."""
+    transposed = weight.t()
+    return (lambda x: x @ transposed) if bias is None else (lambda x: torch.addmm(bias, x, transposed))
 
 
 def attention_step(attention: Any, cache: LayerCache) -> Callable[[Tensor, Turn], Tensor]:
     assert isinstance(attention, CausalSelfAttention)
-    qkv, out, heads = attention.qkv, attention.out, attention.n_head
-    qkv_weight, qkv_bias, out_weight, out_bias = qkv.weight, qkv.bias, out.weight, out.bias
+    qkv, heads = attention.qkv, attention.n_head
+    C = qkv.in_features
+    scale = torch.ones_like(qkv.weight[:, 0])
+    scale[:C] = (C // heads) ** -0.5  # of the scores, which is one call less for each position
+    to_qkv = product(qkv.weight * scale[:, None], None if qkv.bias is None else qkv.bias * scale)
+    to_out = product(attention.out.weight, attention.out.bias)
 
     def step(x: Tensor, turn: Turn) -> Tensor:
-        S, C = x.shape
-        qkv = F.linear(x, qkv_weight, qkv_bias).view(S, 3, heads, 1, C // heads)  # one position: (S, 3, H, 1, D)
-        q, k, v = qkv.unbind(1)
+        qkv = to_qkv(x).view(-1, 3, heads, C // heads).transpose(0, 1)  # (3, S, H, D)
         if turn is not None:
-            q, k = rotate(qkv.narrow(1, 0, 2), *turn).unbind(1)
-        y = F.scaled_dot_product_attention(q, *cache.extend(k, v))  # the last position sees every key
-        return F.linear(y.reshape(S, C), out_weight, out_bias)
+            qkv = rotate(qkv, *turn)
+        qkv = qkv.reshape(3, -1, 1, C // heads)
+        keys, values = cache.extend(qkv[1:])
+        y = torch.bmm(torch.bmm(qkv[0], keys.mT).softmax(-1), values)  # the last position sees every key
+        return to_out(y.view(-1, C))
 
     return step
 
@@ -106,14 +129,22 @@ def conv_step(conv: Any, cache: LayerCache) -> Callable[[Tensor], Tensor]:
 
 
 def moe_step(moe: MoE) -> Callable[[Tensor], Tensor]:
-    router, top_k, gate = moe.router.weight, moe.top_k, moe.gate
-    gate_up, down = moe.gate_up.unbind(), moe.down.unbind()
+    router, top_k, gate = moe.router.weight.t(), moe.top_k, moe.gate
+    gate_up, down = moe.gate_up.mT.unbind(), moe.down.mT.unbind()
+    constant = top_k == 1 and gate == "softmax_selected"  # the one chosen is weighed by 1
+
+    def expert(x: Tensor, e: int) -> Tensor:
+        return swiglu(x @ gate_up[e]) @ down[e]
 
     def step(x: Tensor) -> Tensor:
-        weights, chosen = choose_experts(F.linear(x, router).float(), top_k, gate)
+        logits = x @ router
         if len(x) > 1:
-            return moe.dispatch(x, weights, chosen)
-        ys = [F.linear(swiglu(F.linear(x, gate_up[e])), down[e]) for e in chosen[0].tolist()]
+            return moe.dispatch(x, *choose_experts(logits.float(), top_k, gate))
+        if constant:
+            (row,) = logits.tolist()
+            return expert(x, row.index(max(row)))
+        weights, chosen = choose_experts(logits.float(), top_k, gate)
+        ys = [expert(x, e) for e in chosen[0].tolist()]
         return weights.type_as(x) @ torch.cat(ys) if top_k > 1 else ys[0] * weights.type_as(x)
 
     return step

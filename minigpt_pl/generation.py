@@ -69,7 +69,7 @@ def choose(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
         if sampling.top_p < 1:
             probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0)  # the likeliest always stays
     reach = probs.cumsum(-1)
-    index = torch.searchsorted(reach, draws.unsqueeze(-1) * reach[:, -1:], right=True)
+    index = torch.searchsorted(reach, (draws * reach.select(1, -1)).unsqueeze(1), right=True)
     index = index.clamp_(max=probs.size(-1) - 1)
     return (index if order is None else order.gather(-1, index)).squeeze(-1)
 
@@ -110,19 +110,17 @@ def generate(model: GPT, prompt: Sequence[int], sampling: Sampling, use_cache: b
     draws = torch.stack([uniforms(sampling.seed, prompt, i, sampling.max_new_tokens) for i in range(streams)], 1).to(
         device
     )
-    window = torch.tensor(prompt[-model.block_size :], device=device).expand(streams, -1)  # (S, T)
-    step: Callable[[Tensor], Tensor] | None = None
-    work = streams * model.params_active()
+    window = [*torch.tensor(prompt[-model.block_size :], device=device).expand(streams, -1).unbind(1)]  # of (S,)
+    cache = model.new_cache() if use_cache else None
+    step = decoder(model, cache) if cache else None
+    if step and streams * model.params_active() < LITTLE_WORK:
+        step = on_one_thread(step)
+    whole = True
     for i in range(sampling.max_new_tokens):
-        if step is not None:
-            logits = step(window[:, -1:])
-        else:
-            cache = model.new_cache() if use_cache else None
-            logits = model(window, cache)[0][:, -1]
-            step = decoder(model, cache) if cache else None
-            step = on_one_thread(step) if step and work < LITTLE_WORK else step
+        logits = step(window[-1]) if step and not whole else model(torch.stack(window, 1), cache)[0][:, -1]
         tokens = choose(logits, draws[i], sampling)
         yield tokens.tolist()
-        window = torch.cat([window, tokens.unsqueeze(-1)], 1)
-        if window.size(1) > model.block_size:
-            window, step = window[:, -max(1, model.block_size // 2) :], None
+        window.append(tokens)
+        whole = len(window) > model.block_size
+        if whole:
+            window = window[-max(1, model.block_size // 2) :]

@@ -76,7 +76,7 @@ class RopeGPT(RMSNormGPT):
         for block in blocks:
             block.attention.rope = rope
 
-    def embed(self, ids: Tensor, start: int) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids)
 
     def embedding_lookups(self) -> int:

@@ -27,18 +27,18 @@ class GPT(nn.Module):
     norm: nn.Module
     head: nn.Linear
 
-    def embed(self, ids: Tensor, start: int) -> Tensor:
-        """Embeddings (B, T, C) of the tokens at positions start ... start + T - 1."""
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings (B, T, C) of the tokens at the first T positions."""
         raise NotImplementedError
 
     def forward(self, ids: Tensor, cache: list[LayerCache] | None = None) -> tuple[Tensor, Tensor]:
         """Logits (B, T, V) of the next token at each position of ids (B, T), and the aux loss, summed over layers.
 
-        An empty cache (`new_cache`) is filled, for `decoding` to go on with; the logits are then those of the last
-        position alone, (B, 1, V).
+        A cache (`new_cache`) is filled from its beginning, for `decoding` to go on with; the logits are then those of
+        the last position alone, (B, 1, V).
         """
         assert ids.size(1) <= self.block_size, f"{ids.size(1)} positions, but {self.block_size} at most"
-        x = self.dropout(self.embed(ids, 0))
+        x = self.dropout(self.embed(ids))
         aux = x.new_zeros(())
         for layer, block in enumerate(self.blocks):
             x, block_aux = block(x, cache[layer] if cache else None)
@@ -152,8 +152,8 @@ class ClassicGPT(GPT):
         self.head = nn.Linear(n_embd, vocab_size, bias=False)
         initialise(self, gpt2_std(n_layer), seed)
 
-    def embed(self, ids: Tensor, start: int) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[start : start + ids.size(1)]
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.size(1)]
 
     def embedding_lookups(self) -> int:
         return self.token_embedding.weight.numel() + self.position_embedding.weight.numel()
@@ -237,7 +237,7 @@ class ModernGPT(GPT):
         zeros = (*(outputs if zero_init else ()), "conv_1.weight", "conv_2.weight")
         initialise(self, lambda name: 0.0 if name.endswith(zeros) else 0.02, seed)
 
-    def embed(self, ids: Tensor, start: int) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids)
 
     def embedding_lookups(self) -> int:

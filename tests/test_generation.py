@@ -14,6 +14,7 @@ import torch
 from tiny_models import KINDS, VOCAB, build, lively, some_ids
 from torch import Tensor
 
+from minigpt_pl import generation
 from minigpt_pl.generation import Sampling, generate
 from minigpt_pl.models import GPT
 
@@ -30,13 +31,23 @@ def streams(model: GPT, prompt: Sequence[int] = PROMPT, use_cache: bool = True, 
 
 def watch(monkeypatch: pytest.MonkeyPatch, model: GPT, note: Callable[[Tensor], None]) -> None:
     """Calls `note` with whatever ids the model reads, one position or many."""
-    embed = model.embed
+    embed, decoder = model.embed, generation.decoder
 
-    def noting(ids: Tensor, start: int) -> Tensor:
+    def many(ids: Tensor) -> Tensor:
         note(ids)
-        return embed(ids, start)
+        return embed(ids)
 
-    monkeypatch.setattr(model, "embed", noting)
+    def one_by_one(*args: Any) -> Callable[[Tensor], Tensor]:
+        step = decoder(*args)
+
+        def noting(ids: Tensor) -> Tensor:
+            note(ids.unsqueeze(1))
+            return step(ids)
+
+        return noting
+
+    monkeypatch.setattr(model, "embed", many)
+    monkeypatch.setattr(generation, "decoder", one_by_one)
 
 
 def steady(probabilities: Sequence[float]) -> GPT:
