@@ -196,6 +196,8 @@ class Bar(TQDMProgressBar):
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=20 if sys.stdout.isatty() else 0)
+        if not self.is_enabled:
+            self.on_train_batch_end = None  # type: ignore[assignment, method-assign]  # as `without_idle_hooks` does
 
     def get_metrics(self, trainer: Any, pl_module: LightningModule) -> dict[str, Any]:
         shown, figures = {}, find(trainer, TrainFigures).latest

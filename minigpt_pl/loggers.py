@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -44,6 +44,7 @@ class MetricsCSV(Logger):
         self.path = path
         self.columns = list(FIRST)
         self.rows: list[dict[str, str]] = []
+        self._file: TextIO | None = None
         self._begin(step, drop_check)
 
     @property
@@ -81,10 +82,18 @@ class MetricsCSV(Logger):
             self.columns += new
             self._rewrite()
         else:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
+            if self._file is None:  # opening it takes longer than a row does
+                self._file = self.path.open("a", newline="", encoding="utf-8", buffering=1)
+            csv.DictWriter(self._file, self.columns).writerow(row)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _rewrite(self) -> None:
+        self.finalize("success")
         temporary = self.path.with_name(f"{self.path.name}{TEMPORARY}")
         with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
