@@ -44,7 +44,7 @@ class MetricsCSV(Logger):
         self.path = path
         self.columns = list(FIRST)
         self.rows: list[dict[str, str]] = []
-        self._file: TextIO | None = None
+        self._open: tuple[TextIO, csv.DictWriter[str]] | None = None
         self._begin(step, drop_check)
 
     @property
@@ -82,15 +82,16 @@ class MetricsCSV(Logger):
             self.columns += new
             self._rewrite()
         else:
-            if self._file is None:  # opening it takes longer than a row does
-                self._file = self.path.open("a", newline="", encoding="utf-8", buffering=1)
-            csv.DictWriter(self._file, self.columns).writerow(row)
+            if self._open is None:  # which takes longer than a row does
+                file = self.path.open("a", newline="", encoding="utf-8", buffering=1)
+                self._open = file, csv.DictWriter(file, self.columns)
+            self._open[1].writerow(row)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._open is not None:
+            self._open[0].close()
+            self._open = None
 
     def _rewrite(self) -> None:
         self.finalize("success")

@@ -106,8 +106,9 @@ class LanguageModel(LightningModule, ABC):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         if self.stop_requested:
             return -1  # Lightning's word for: no more steps
-        factor = lr_factor(self.schedule, self.trainer.global_step, self.trainer.max_steps)
-        for group in self.trainer.optimizers[0].param_groups:
+        trainer = self.trainer  # looks for it each time
+        factor = lr_factor(self.schedule, trainer.global_step, trainer.max_steps)
+        for group in trainer.optimizers[0].param_groups:
             group["lr"] = factor * (self.muon_lr if group.get("orthogonalise") else self.lr)
         return None
 

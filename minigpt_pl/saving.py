@@ -52,8 +52,7 @@ class BestCheckpoint(ModelCheckpoint):
     def state_key(self) -> str:
         return type(self).__name__
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """A check has to come first."""
+    on_train_batch_end = Callback.on_train_batch_end  # a check has to come first
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         self.saved_step = trainer.global_step

@@ -77,7 +77,7 @@ class Training:
         found += [BestCheckpoint(place), LastCheckpoint(place, init.last.every_n_train_steps, init.last.minutes)]
         found += [SaveSettings(self.settings, {"wandb_id": self.wandb_id})]
         found += [Bar()] if init.trainer.enable_progress_bar is not False else []
-        return [without_idle_hooks(callback) for callback in found if callback is not None]
+        return [callback for callback in found if callback is not None]
 
     def trainer_settings(self) -> dict[str, Any]:
         """What the Trainer is told beside the user's settings."""
@@ -109,6 +109,7 @@ class Training:
                 trainer.loggers = [MetricsCSV(self.run_dir / "metrics.csv", step, drop_check=bool(grown)), *others]
                 if said := data.thinned("val"):
                     say(said)
+                trainer.callbacks = [without_idle_hooks(callback) for callback in trainer.callbacks]
                 trainer.fit(model, datamodule=data, ckpt_path=self.init.ckpt_path)
             except BaseException as error:
                 end_other_processes()

@@ -392,9 +392,12 @@ def test_sampled_checks_estimate_both_parts(minigpt: MiniGPT, tmp_path: Path) ->
 def test_nobody_waits_for_hooks_that_do_nothing(minigpt: Callable[..., Outcome], tmp_path: Path) -> None:
     profiler = ("--trainer.profiler", "SimpleProfiler", "--trainer.profiler.dirpath", tmp_path)
     words = (*TINY, "--trainer.max_steps", 2, *profiler, "--trainer.profiler.filename", "calls")
-    assert minigpt("fit", *words, "--run_dir", tmp_path / "run").status == 0
+    assert minigpt("fit", *words, "--wandb.offline", True, "--run_dir", tmp_path / "run").status == 0
     (report,) = tmp_path.glob("*calls*")
     called = set(re.findall(r"\[Callback\](\w+)\.(\w+)", report.read_text("utf-8")))
     assert {("TrainFigures", "on_train_batch_end"), ("SeedSteps", "on_train_batch_start")} <= called
+    at_work = {callback for callback, hook in called if hook in IN_EACH_STEP}
+    assert at_work == {"SeedSteps", "TrainFigures", "StopTraining", "LastCheckpoint"}
+    assert ("Panels", "on_validation_end") in called
     assert {hook for _, hook in called} & set(IN_EACH_STEP) == {"on_train_batch_start", "on_train_batch_end"}
     assert ("RunSummary", "on_train_batch_end") not in called
