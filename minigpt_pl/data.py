@@ -22,7 +22,16 @@ from minigpt_pl.errors import InputError, say
 from minigpt_pl.text import TextInfo, scan
 from minigpt_pl.tokenizer import CharTokenizer, Tokenizer
 from minigpt_pl.tokens import PARTS, Ids, MappedTokens, cache_home, learn_merges, tokenize
-from minigpt_pl.windows import Batch, CheckSampler, FromStep, SampledBatches, Scored, ScoredBatches, TrainBatches
+from minigpt_pl.windows import (
+    Batch,
+    CheckSampler,
+    FromStep,
+    Order,
+    SampledBatches,
+    Scored,
+    ScoredBatches,
+    TrainBatches,
+)
 
 
 @dataclass
@@ -51,6 +60,8 @@ class TextDataModule(LightningDataModule):
         eval_mode: full scores every token of a part once; sampled estimates from windows drawn at random.
         eval_iters: Batches that `sampled` draws.
         max_eval_tokens: A larger part is thinned to evenly spaced windows with this many tokens.
+        order: Training windows are drawn, from anywhere and with replacement, or come in epochs: side by side in a
+            shuffled order, so that no token comes twice before nearly all have come once.
         num_workers: Processes that prepare batches beside the training process.
         allow_changed_text: Go on although the text is not the one that the checkpoint was trained on.
     """
@@ -70,6 +81,7 @@ class TextDataModule(LightningDataModule):
         eval_mode: Literal["full", "sampled"] = "full",
         eval_iters: int = 100,
         max_eval_tokens: int = 2_000_000,
+        order: Order = "drawn",
         num_workers: int = 0,
         allow_changed_text: bool = False,
     ):
@@ -102,7 +114,7 @@ class TextDataModule(LightningDataModule):
         self.train_frac, self.test_frac = train_frac, test_frac
         self.tokenizer_kind, self.bpe_vocab_size, self.bpe_min_pair_freq = tokenizer, bpe_vocab_size, bpe_min_pair_freq
         self.eval_mode, self.eval_iters, self.max_eval_tokens = eval_mode, eval_iters, max_eval_tokens
-        self.num_workers, self.allow_changed_text = num_workers, allow_changed_text
+        self.order, self.num_workers, self.allow_changed_text = order, num_workers, allow_changed_text
         self.prompts: list[str] = []
         """What `predict` continues."""
         self.saved: dict[str, Any] = {}
@@ -242,6 +254,7 @@ class TextDataModule(LightningDataModule):
             self.seed,
             trainer.global_rank,
             world,
+            self.order,
         )
         return self._loader(batches, FromStep(trainer.global_step * accumulate, trainer.max_steps * accumulate))
 

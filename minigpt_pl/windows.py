@@ -4,7 +4,8 @@ Where tokens come from is in `tokens`, which windows a check reads in `data`.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from minigpt_pl.randomness import fractions
+from minigpt_pl.randomness import fractions, key
 from minigpt_pl.tokens import Ids
 
 IGNORED = -100  # the target of padding, torch's own convention
+Order = Literal["drawn", "epochs"]
 
 
 class Batch(NamedTuple):
@@ -38,8 +40,23 @@ def draw_starts(count: int, room: int, *purpose: object) -> NDArray[np.int64]:
     return (fractions(count, *purpose) * room).astype(np.int64)
 
 
+def windows_in_epoch(length: int, block_size: int) -> int:
+    """Windows side by side in `length` tokens, one fewer than could be, so that where the first one starts can vary."""
+    return max(1, (length - 1) // block_size - 1)
+
+
+@lru_cache(maxsize=2)  # a batch may lie in two epochs
+def epoch_starts(length: int, block_size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Where the windows of an epoch start, in shuffled order: no token is a target twice."""
+    count = windows_in_epoch(length, block_size)
+    (shift,) = draw_starts(1, min(block_size, length - count * block_size), seed, "shift", epoch)
+    order = np.random.Philox(key=key(seed, "order", epoch)).random_raw(count).argsort(kind="stable")
+    starts: NDArray[np.int64] = shift + order * block_size
+    return starts
+
+
 class TrainBatches(Dataset[Batch]):
-    """Micro-batch number i of a run, this process's rows of it; windows start anywhere, with replacement.
+    """Micro-batch number i of a run, this process's rows of it.
 
     Args:
         ids: Tokens of the train part.
@@ -49,17 +66,37 @@ class TrainBatches(Dataset[Batch]):
         seed: Decides, with the step and the row in it, where a window starts.
         rank: Number of this process.
         world: Number of processes.
+        order: drawn, windows start anywhere, with replacement; or epochs, see `epoch_starts`.
     """
 
-    def __init__(self, ids: Ids, block_size: int, batch_size: int, accumulate: int, seed: int, rank: int, world: int):
+    def __init__(
+        self,
+        ids: Ids,
+        block_size: int,
+        batch_size: int,
+        accumulate: int,
+        seed: int,
+        rank: int,
+        world: int,
+        order: Order = "drawn",
+    ):
         assert len(ids) > block_size, "there is no window to train on"
         self.ids, self.block_size, self.batch_size, self.accumulate = ids, block_size, batch_size, accumulate
-        self.seed, self.rank, self.world = seed, rank, world
+        self.seed, self.rank, self.world, self.order = seed, rank, world, order
 
-    def __getitem__(self, i: int) -> Batch:
+    def starts(self, i: int) -> NDArray[np.int64]:
+        """Where the windows of micro-batch i start, those of all processes."""
+        if self.order == "epochs":
+            length, size = len(self.ids), self.block_size
+            count = windows_in_epoch(length, size)
+            rows = range(i * self.batch_size, (i + 1) * self.batch_size)
+            return np.array([epoch_starts(length, size, self.seed, row // count)[row % count] for row in rows])
         step, micro = divmod(i, self.accumulate)
         begin, end = self.batch_size * micro, self.batch_size * (micro + 1)
-        starts = draw_starts(end, len(self.ids) - self.block_size, self.seed, "batch", step)[begin:]
+        return draw_starts(end, len(self.ids) - self.block_size, self.seed, "batch", step)[begin:]
+
+    def __getitem__(self, i: int) -> Batch:
+        starts = self.starts(i)
         share = len(starts) // self.world
         mine = starts[self.rank * share : (self.rank + 1) * share]
         windows = torch.from_numpy(self.ids[mine[:, None] + np.arange(self.block_size + 1)].astype(np.int64))

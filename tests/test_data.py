@@ -26,7 +26,7 @@ from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError
 from minigpt_pl.randomness import fractions
 from minigpt_pl.tokens import PARTS, MappedTokens
-from minigpt_pl.windows import Batch, FromStep, TrainBatches
+from minigpt_pl.windows import Batch, FromStep, Order, TrainBatches, epoch_starts
 
 TEXT = "".join(f"line {i}: the sea comes in, the sea goes öut.\r\n" for i in range(40))
 LF = TEXT.replace("\r\n", "\n")
@@ -255,8 +255,13 @@ def test_tokens_of_a_large_text_do_not_stay_in_memory(tmp_path: Path) -> None:
 IDS = np.arange(1000, dtype=np.uint16)  # a token is its place
 
 
-def batches(accumulate: int = 1, batch_size: int = 64, rank: int = 0, world: int = 1, ids: Any = IDS) -> TrainBatches:
-    return TrainBatches(ids, 8, batch_size, accumulate, 1337, rank, world)
+ORDERS: list[Order] = ["drawn", "epochs"]
+
+
+def batches(
+    accumulate: int = 1, batch_size: int = 64, rank: int = 0, world: int = 1, ids: Any = IDS, order: Order = "drawn"
+) -> TrainBatches:
+    return TrainBatches(ids, 8, batch_size, accumulate, 1337, rank, world, order)
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -269,24 +274,55 @@ def test_targets_are_the_inputs_shifted_by_one() -> None:
     assert torch.equal(y, x + 1), "consecutive tokens of the part"
 
 
-def test_four_micro_batches_are_one_batch_four_times_as_large() -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_four_micro_batches_are_one_batch_four_times_as_large(order: Order) -> None:
     for step in (0, 3, 100_000):
-        large = batches()[step]
-        small = [batches(accumulate=4, batch_size=16)[4 * step + micro] for micro in range(4)]
+        large = batches(order=order)[step]
+        small = [batches(accumulate=4, batch_size=16, order=order)[4 * step + micro] for micro in range(4)]
         assert equal(large, Batch(*(torch.cat(parts) for parts in zip(*small, strict=True))))
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_processes_share_one_batch(world: int) -> None:
+def test_the_processes_share_one_batch(world: int, order: Order) -> None:
     for i in (0, 7):
-        shares = [batches(2, 64, rank, world)[i] for rank in range(world)]
-        assert equal(batches(2)[i], Batch(*(torch.cat(parts) for parts in zip(*shares, strict=True))))
+        shares = [batches(2, 64, rank, world, order=order)[i] for rank in range(world)]
+        assert equal(batches(2, order=order)[i], Batch(*(torch.cat(parts) for parts in zip(*shares, strict=True))))
 
 
-def test_each_step_and_seed_has_a_batch_of_its_own() -> None:
-    drawn = {tuple(batches()[i].inputs[:, 0].tolist()) for i in range(50)}
-    drawn |= {tuple(TrainBatches(IDS, 8, 64, 1, seed, 0, 1)[0].inputs[:, 0].tolist()) for seed in range(50)}
+@pytest.mark.parametrize("order", ORDERS)
+def test_each_step_and_seed_has_a_batch_of_its_own(order: Order) -> None:
+    drawn = {tuple(batches(order=order)[i].inputs[:, 0].tolist()) for i in range(50)}
+    drawn |= {tuple(TrainBatches(IDS, 8, 64, 1, seed, 0, 1, order)[0].inputs[:, 0].tolist()) for seed in range(50)}
     assert len(drawn) == 100
+
+
+def test_in_an_epoch_no_token_is_a_target_twice_and_few_are_missed() -> None:
+    rows = torch.cat([batches(batch_size=41, order="epochs")[i].targets for i in range(6)])  # 246 windows, 123 an epoch
+    epochs = rows.view(2, -1)
+    for targets in epochs:
+        counts = torch.bincount(targets, minlength=1000)
+        assert counts.max() == 1
+        assert counts.sum() == 123 * 8
+        assert counts[16:-16].min() == 1, "only at the ends"
+    assert not torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(epochs[0].sort().values, epochs[1].sort().values), "the next one begins elsewhere"
+    steps = (rows[1:, 0] - rows[:-1, 0]).abs()
+    assert (steps == 8).float().mean() < 0.1, "neighbours do not follow each other"
+
+
+def test_an_epoch_is_a_fixed_function_of_its_seed_and_number() -> None:
+    """Runs on record depend on it."""
+    assert epoch_starts(60, 8, 1337, 0).tolist() == [40, 8, 0, 16, 24, 32]
+
+
+@pytest.mark.parametrize("length", [9, 10, 16, 17, 24, 25, 33])
+def test_epochs_of_a_short_text_lie_within_it(length: int) -> None:
+    few = batches(ids=np.arange(length, dtype=np.uint8), order="epochs")
+    targets = torch.cat([few[i].targets for i in range(20)])
+    assert targets.max() <= length - 1
+    assert (targets[:, 0] >= 1).all()
+    assert length < 18 or len(targets[:, 0].unique()) > 1
 
 
 def test_every_start_is_drawn_about_equally_often_the_last_one_too() -> None:
