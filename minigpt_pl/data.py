@@ -60,8 +60,7 @@ class TextDataModule(LightningDataModule):
         eval_mode: full scores every token of a part once; sampled estimates from windows drawn at random.
         eval_iters: Batches that `sampled` draws.
         max_eval_tokens: A larger part is thinned to evenly spaced windows with this many tokens.
-        order: Training windows are drawn, from anywhere and with replacement, or come in epochs: side by side in a
-            shuffled order, so that no token comes twice before nearly all have come once.
+        order: drawn takes training windows from anywhere, with replacement; epochs side by side, in shuffled order.
         num_workers: Processes that prepare batches beside the training process.
         allow_changed_text: Go on although the text is not the one that the checkpoint was trained on.
     """
