@@ -30,13 +30,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return torch.rms_norm(x, weight.shape, weight, eps)
     if torch.is_grad_enabled():
         return FastRMSNorm.apply(x, weight, eps)
-    return x * inverse_rms(x, torch.scalar_tensor(eps)) * weight
+    return x * inverse_rms(x, eps) * weight
 
 
-def inverse_rms(x: Tensor, eps: Tensor) -> Tensor:
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean square + eps) over the last dimension of (..., C), as (..., 1)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.addcmul(eps, norm, norm, value=1 / x.size(-1)).rsqrt_()
+    return torch.addcmul(torch.scalar_tensor(eps), norm, norm, value=1 / x.size(-1)).rsqrt_()
 
 
 class FastRMSNorm(torch.autograd.Function):
@@ -44,7 +44,7 @@ class FastRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = inverse_rms(x, torch.scalar_tensor(eps))
+        scale = inverse_rms(x, eps)
         unit = x * scale
         ctx.save_for_backward(unit, scale, weight)
         return unit * weight

@@ -235,7 +235,7 @@ class Result:
             settings["data"]["train_frac"],
             settings["model"]["init_args"]["block_size"],
             settings["data"]["batch_size"],
-            settings["data"].get("order"),  # older results do not know it
+            settings["data"].get("order", "drawn"),  # which older results do not name
             settings["trainer"]["accumulate_grad_batches"],
         )
 

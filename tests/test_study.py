@@ -157,6 +157,11 @@ def test_a_run_that_has_ended_leaves_its_results(place: Path, minigpt: MiniGPT) 
     assert "--data.path text.txt --seed" in bpe.summary["command"]
     assert str(place) not in Path("docs/results/trial/study.yaml").read_text("utf-8")
     assert char.batches() != bpe.batches()
+    seen = char.batches()
+    char.settings["data"]["order"] = "epochs"
+    assert char.batches() != seen
+    del char.settings["data"]["order"]  # results from before there was a choice were drawn
+    assert char.batches() == seen
     # both are of the same characters, wherever windows begin
     text = Path("text.txt").read_text()
     validated = text[int(0.9 * len(text)) :]
