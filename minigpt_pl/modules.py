@@ -32,7 +32,7 @@ class LanguageModel(LightningModule, ABC):
         net: The model.
         lr: Peak learning rate.
         weight_decay: On every parameter.
-        schedule: cosine (after a warm-up), constant, or wsd (constant, then linearly down to 0).
+        schedule: cosine (after a warm-up), or constant.
         optimizer: adamw, or muon for the matrices in the blocks and adamw for the rest.
         muon_lr: Peak learning rate of Muon's matrices.
         compile: Compile the model with torch.compile.
@@ -207,7 +207,7 @@ class ClassicLM(LanguageModel):
         n_head: Attention heads; must divide n_embd.
         n_embd: Width.
         block_size: Tokens of context.
-        schedule: cosine (after a warm-up), constant, or wsd (constant, then linearly down to 0).
+        schedule: cosine (after a warm-up), or constant.
         optimizer: adamw, or muon for the matrices in the blocks and adamw for the rest.
         muon_lr: Peak learning rate of Muon's matrices.
         compile: Compile the model with torch.compile.
@@ -223,7 +223,7 @@ class ClassicLM(LanguageModel):
         n_head: int = 4,
         n_embd: int = 128,
         block_size: int = 256,
-        schedule: Schedule = "wsd",
+        schedule: Schedule = "cosine",
         optimizer: Rule = "muon",
         muon_lr: float = MUON_LR,
         compile: bool = False,
@@ -245,7 +245,7 @@ class LadderLM(LanguageModel):
         n_head: Attention heads; must divide n_embd.
         n_embd: Width.
         block_size: Tokens of context.
-        schedule: cosine (after a warm-up), constant, or wsd (constant, then linearly down to 0).
+        schedule: cosine (after a warm-up), or constant.
         optimizer: adamw, or muon for the matrices in the blocks and adamw for the rest.
         muon_lr: Peak learning rate of Muon's matrices.
         compile: Compile the model with torch.compile.
@@ -262,7 +262,7 @@ class LadderLM(LanguageModel):
         n_head: int = 4,
         n_embd: int = 128,
         block_size: int = 256,
-        schedule: Schedule = "wsd",
+        schedule: Schedule = "cosine",
         optimizer: Rule = "muon",
         muon_lr: float = MUON_LR,
         compile: bool = False,
@@ -296,7 +296,7 @@ class ModernLM(LanguageModel):
         tied_head: Use the embedding as the head.
         zero_init: Begin each branch of a block, and an untied head, at 0.
         conv_width: Positions that a short convolution before each branch adds up; 0 for none.
-        schedule: cosine (after a warm-up), constant, or wsd (constant, then linearly down to 0).
+        schedule: cosine (after a warm-up), or constant.
         optimizer: adamw, or muon for the matrices in the blocks and adamw for the rest.
         muon_lr: Peak learning rate of Muon's matrices.
         compile: Compile the model with torch.compile.
@@ -324,7 +324,7 @@ class ModernLM(LanguageModel):
         tied_head: bool = False,
         zero_init: bool = True,
         conv_width: int = 4,
-        schedule: Schedule = "wsd",
+        schedule: Schedule = "cosine",
         optimizer: Rule = "muon",
         muon_lr: float = MUON_LR,
         compile: bool = False,

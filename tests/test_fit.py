@@ -137,8 +137,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, text: str) -> tuple[Path,
         patch.setattr("builtins.input", lambda *args: pytest.fail("fit asks a question"))
         words = [
             "fit", *SIZES, "--data.max_eval_tokens", 2_000_000, "--samples.max_new_tokens", 20,
-            "--model.schedule", "cosine", "--data.path", home / "text.txt", "--data.train_frac", TRAIN,
-            "--data.test_frac", TEST, "--run_dir", home / "run",
+            "--data.path", home / "text.txt", "--data.train_frac", TRAIN, "--data.test_frac", TEST,
+            "--run_dir", home / "run",
         ]  # fmt: skip
         with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
             status = main([str(word) for word in words])

@@ -37,7 +37,7 @@ def bare_loop(steps: int, **sizes: int) -> float:
         if i == WARMUP:
             began = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = 6e-3 * lr_factor("wsd", i, steps)
+            group["lr"] = 6e-3 * lr_factor("cosine", i, steps)
         nll(model.net(x)[0], y).mean().backward()
         nn.utils.clip_grad_norm_(model.net.parameters(), 1.0)
         optimizer.step()
