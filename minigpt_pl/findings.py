@@ -4,6 +4,7 @@ The methods are in `statistics`; the words and tables are in `report`, the pictu
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt_pl.plans import FLOORS, STUDY, Study, read_study
+from minigpt_pl.errors import InputError
+from minigpt_pl.plans import FAILED, FLOORS, STUDY, Study, read_study
 from minigpt_pl.results import Result, read
 from minigpt_pl.statistics import (
     SEEDS_OF_A_SPREAD,
@@ -58,17 +60,32 @@ class Group:
         return float(np.mean([found[name] for found in self.summaries]))
 
     @property
+    def minutes(self) -> float:
+        """By the clock, the median over seeds: other programs may have held one of them."""
+        return float(np.median([found["wall_seconds"] for found in self.summaries])) / 60
+
+    @property
+    def characters(self) -> float:
+        """Trained on, some of them many times: tokens by the characters that one has in the validation part."""
+        rows = [result.summary["tokens_seen"] * result.characters_a_token for result in self.results]
+        return float(np.mean(rows))
+
+    @property
     def flops(self) -> float:
         """Of the whole training, the mean over seeds."""
         return float(np.mean([found["flops_per_token"] * found["tokens_seen"] for found in self.summaries]))
 
     @property
+    def tokenizer(self) -> str:
+        return str(self.summaries[0]["tokenizer_sha256"])
+
+    @property
     def has_experts(self) -> bool:
         return bool(self.results[0].settings["model"]["init_args"].get("n_experts"))
 
-    def by_character(self) -> NDArray[np.float64]:
-        """Nats of each character of the validation part, the mean over seeds; nan where none was scored."""
-        rows = [result.scores.by_character() for result in self.results]
+    def by_character(self, seeds: Collection[int]) -> NDArray[np.float64]:
+        """Nats of each character of the validation part, the mean over these seeds; nan where none was scored."""
+        rows = [result.scores.by_character() for result in self.results if result.seed in seeds]
         length = min(map(len, rows))
         mean: NDArray[np.float64] = np.mean([row[:length] for row in rows], axis=0)
         return mean
@@ -78,11 +95,15 @@ class Group:
 class Comparison:
     """A named comparison: what the seeds say, what the text says, and a word."""
 
-    name: str
+    pair: tuple[str, str]
     over_seeds: Difference
     over_text: Interval | None
     verdict: str
     corrected: float
+
+    @property
+    def name(self) -> str:
+        return " - ".join(self.pair)
 
 
 class Findings:
@@ -92,7 +113,7 @@ class Findings:
         folder: docs/results/NAME, or another that `study` has written.
 
     Raises:
-        InputError: If it holds no results.
+        InputError: If it holds no results of its study.
     """
 
     def __init__(self, folder: Path):
@@ -101,8 +122,18 @@ class Findings:
         self.study: Study = read_study(folder / STUDY)
         names = [name for name in self.study.configurations if any(result.name == name for result in found)]
         self.groups = {name: Group(name, [result for result in found if result.name == name]) for name in names}
-        path = folder / FLOORS
-        self.floors: dict[str, Any] = json.loads(path.read_text("utf-8")).get("floors", {}) if path.exists() else {}
+        if not names:
+            raise InputError(f"{folder}: none of its results are of a run that its {STUDY} names")
+        self.others = sorted({result.name for result in found} - set(names))
+        """Configurations that have results but are not in the study."""
+        self.failed: dict[str, str] = kept(folder / FAILED)
+        """Why each run failed that has failed and not succeeded since."""
+        of, floors = self.groups[names[0]].results[0], kept(folder / FLOORS)
+        same = floors.get("data_sha256") == of.summary["data_sha256"] and all(
+            floors[part] == of.settings["data"][part] for part in ("train_frac", "test_frac")
+        )
+        self.floors: dict[str, Any] = floors["floors"] if same else {}
+        """Of the text of the first configuration."""
 
     def ranked(self) -> list[Group]:
         return sorted(self.groups.values(), key=lambda group: group.mean)
@@ -110,30 +141,39 @@ class Findings:
     @cached_property
     def comparisons(self) -> list[Comparison]:
         """Those that the study has named, in its order."""
-        seeds: list[Difference] = []
-        texts: list[Interval | None] = []
-        for pair in self.study.comparisons:
-            a, b = (self.groups.get(name) for name in pair)
-            if a is None or b is None:
-                seeds.append(difference({}, {}, False))
-                texts.append(None)
-                continue
-            equal = a.results[0].batches() == b.results[0].batches()
-            seeds.append(difference(a.figures, b.figures, equal))
-            texts.append(over_text(a, b))
-        words = verdicts(seeds)
+        pairs = [(self.group(one), self.group(other)) for one, other in self.study.comparisons]
+        seeds = [over_seeds(*pair) for pair in pairs]
         return [
-            Comparison(" - ".join(pair), one, text, word, corrected)
-            for pair, one, text, (word, corrected) in zip(self.study.comparisons, seeds, texts, words, strict=True)
+            Comparison((a.name, b.name), found, over_text(a, b, found), word, corrected)
+            for (a, b), found, (word, corrected) in zip(pairs, seeds, verdicts(seeds), strict=True)
         ]
 
+    def group(self, name: str) -> Group:
+        """Of a configuration; without results where none has been run."""
+        return self.groups.get(name, Group(name, []))
 
-def over_text(a: Group, b: Group) -> Interval | None:
-    """The difference on the characters that both have scored; None where they validate on different texts."""
-    summaries = [group.results[0].summary for group in (a, b)]
-    splits = [[group.results[0].settings["data"][part] for part in ("train_frac", "test_frac")] for group in (a, b)]
-    if summaries[0]["data_sha256"] != summaries[1]["data_sha256"] or splits[0] != splits[1]:
+
+def kept(path: Path) -> dict[str, Any]:
+    """What a study has written in a file; {} where there is none."""
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return found
+
+
+def over_seeds(a: Group, b: Group) -> Difference:
+    """The difference between two configurations, in pairs where they saw the same batches."""
+    if not (a.results and b.results):
+        return difference(a.figures, b.figures, False)
+    one, other = a.results[0], b.results[0]
+    if one.scored_text() != other.scored_text():
+        return Difference(False, (len(a.figures), len(b.figures)), None, 1.0, None)
+    return difference(a.figures, b.figures, one.batches() == other.batches())
+
+
+def over_text(a: Group, b: Group, found: Difference) -> Interval | None:
+    """The same difference, of the same seeds, on the characters that both have scored."""
+    if found.interval is None:
         return None
-    one, other = a.by_character(), b.by_character()
+    common = a.figures.keys() & b.figures.keys()
+    one, other = (group.by_character(common if found.is_paired else group.figures) for group in (a, b))
     length = min(len(one), len(other))
     return block_bootstrap(one[:length] - other[:length])

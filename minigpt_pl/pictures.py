@@ -4,7 +4,7 @@ What they show is computed in `findings`; here it is only drawn.
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,10 @@ BINS = 16
 
 
 def draw(report: Findings) -> Iterator[str]:
-    """Draws each picture that the results have something for, as PNG in the results folder; yields their names."""
+    """Draws each picture that the results have something for, as PNG in the results folder; yields their names.
+
+    One that they have nothing for any more goes.
+    """
     for name, picture in (
         ("curves.png", curves), ("differences.png", differences), ("experts.png", experts), ("positions.png", positions)
     ):  # fmt: skip
@@ -36,57 +39,72 @@ def draw(report: Findings) -> Iterator[str]:
         if picture(report, figure):
             FigureCanvasAgg(figure).print_png(str(Path(report.folder, name)), metadata={"Software": None})
             yield name
+        else:
+            Path(report.folder, name).unlink(missing_ok=True)
 
 
 def curve(result: Result) -> tuple[Any, Any]:
-    """Tokens trained on, and nats per character, at each check of a run."""
+    """Characters trained on, and nats per character, at each check of a run."""
     figures, summary = result.figures("val"), result.summary
-    return figures["step"] * summary["tokens_seen"] / summary["total_steps"], figures["val/nats_per_char"]
+    a_step = summary["tokens_seen"] / summary["total_steps"] * result.characters_a_token
+    return figures["step"] * a_step, figures["val/nats_per_char"]
 
 
 def curves(report: Findings, figure: Figure) -> bool:
+    """Of the seeds that are still training there."""
     axes = figure.add_subplot()
     lowest, highest = [], []
-    for style, group in zip(STYLES, report.ranked(), strict=False):
-        runs = [curve(result) for result in group.results]
-        grid = np.linspace(max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs), GRID)
-        values = np.array([np.interp(grid, x, y) for x, y in runs])
-        axes.plot(grid, values.mean(0), style, label=f"{group.name} ({len(runs)})", linewidth=1.2)
-        axes.fill_between(grid, values.min(0), values.max(0), color=style[:2], alpha=0.25, linewidth=0)
-        lowest.append(values.min())
-        highest.append(values.max())
+    for style, group in zip(cycle(STYLES), report.ranked(), strict=False):
+        runs = [run for run in map(curve, group.results) if len(run[0]) > 1]
+        if not runs:
+            continue
+        grid = np.geomspace(max(x[0] for x, _ in runs), max(x[-1] for x, _ in runs), GRID)
+        grid[-1] = max(x[-1] for x, _ in runs)  # of which rounding has left a bit
+        values = np.array([np.interp(grid, x, y, right=np.nan) for x, y in runs])
+        axes.plot(grid, np.nanmean(values, 0), style, label=f"{group.name} ({len(runs)})", linewidth=1.2)
+        low, high = np.nanmin(values, 0), np.nanmax(values, 0)
+        axes.fill_between(grid, low, high, color=style[:2], alpha=0.25, linewidth=0)
+        lowest.append(low.min())
+        highest.append(high.max())
+    if not lowest:
+        return False
+    axes.set_xscale("log")
     bottom, top = min(lowest) - 0.05, min(max(highest), min(lowest) + TALLEST) + 0.05
     for name, found in report.floors.items():
         if bottom < found["nats_per_char"] < top:
             axes.axhline(found["nats_per_char"], color="0.6", linewidth=0.8, linestyle=":")
             axes.text(axes.get_xlim()[1], found["nats_per_char"], f" {name}", va="center", fontsize=7, color="0.4")
     axes.set_ylim(bottom, top)
-    labelled(axes, "tokens trained on", "nats/char, validation part", "Mean, and lowest to highest seed")
+    labelled(axes, "characters trained on", "nats/char, validation part", "Mean, and lowest to highest seed")
     axes.legend(fontsize=8)
     return True
 
 
 def differences(report: Findings, figure: Figure) -> bool:
     found = [one for one in report.comparisons if one.over_seeds.interval is not None]
-    axes = figure.add_subplot()
+    if not found:
+        return False
+    axes, used = figure.add_subplot(), set()
     for place, one in enumerate(found):
-        for shift, interval, color, label in (
-            (-0.12, one.over_seeds.interval, "C0" if one.over_seeds.has_enough else "0.6", "over seeds"),
-            (0.12, one.over_text, "C1", "over text"),
+        for shift, interval, color in (
+            (-0.12, one.over_seeds.interval, "C0" if one.over_seeds.has_enough else "0.6"),
+            (0.12, one.over_text, "C1"),
         ):
             if interval is not None:
+                used.add(color)
                 ends = [[interval.mean - interval.low], [interval.high - interval.mean]]
                 axes.errorbar(
-                    [interval.mean], [place + shift], xerr=ends, fmt="o", color=color, capsize=3, markersize=4,
-                    label=label if place == 0 else None,
-                )  # fmt: skip
+                    [interval.mean], [place + shift], xerr=ends, fmt="o", color=color, capsize=3, markersize=4
+                )
     axes.axvline(0, color="0.4", linewidth=0.8)
     axes.set_yticks(range(len(found)), [f"{one.name}\n{one.verdict}" for one in found], fontsize=8)
     axes.set_ylim(len(found) - 0.5, -0.5)
     labelled(axes, "nats/char: left of 0 the first of the two is lower", "", "Named differences, 95 % intervals")
-    if found:
-        axes.legend(fontsize=8)
-    return bool(found)
+    shown = {"C0": "over seeds", "0.6": "over seeds, too few", "C1": "over text"}
+    for color in [color for color in shown if color in used]:
+        axes.plot([], [], "o-", color=color, label=shown[color], markersize=4)
+    axes.legend(fontsize=8)
+    return True
 
 
 def experts(report: Findings, figure: Figure) -> bool:
@@ -108,14 +126,15 @@ def experts(report: Findings, figure: Figure) -> bool:
 
 def positions(report: Findings, figure: Figure) -> bool:
     axes = figure.add_subplot()
-    for style, group in zip(STYLES, report.ranked(), strict=False):
+    for style, group in zip(cycle(STYLES), report.ranked(), strict=False):
         values = np.mean([result.scores.by_position() for result in group.results], axis=0)
         bins = np.unique(np.geomspace(1, len(values) + 1, BINS).round().astype(int))  # the later ones are all alike
         means = [values[begin - 1 : end - 1].mean() for begin, end in pairwise(bins)]
-        axes.plot(bins[:-1], means, style, marker=".", label=group.name, linewidth=1)
+        length = np.mean([result.characters_a_token for result in group.results])
+        axes.plot(bins[:-1] * length, means, style, marker=".", label=group.name, linewidth=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
-    labelled(axes, "tokens of context", "nats/char", "Loss by position in the window, mean over seeds")
+    labelled(axes, "characters of context", "nats/char", "Loss by position in the window, mean over seeds")
     axes.legend(fontsize=8)
     return True
 

@@ -26,7 +26,7 @@ from minigpt_pl.text import TextInfo, scan, write_atomically
 from minigpt_pl.tokens import cache_home
 
 FIRST_SEED, OTHER_SEEDS = 1337, 5
-STUDY, FLOORS = "study.yaml", "floors.json"
+STUDY, FLOORS, FAILED = "study.yaml", "floors.json", "failed.json"
 DECIDED = ("run_dir", "ckpt_path", "seed_everything")
 
 

@@ -39,12 +39,28 @@ def between(interval: Interval | None, sign: str = "") -> str:
 
 def short(number: float) -> str:
     """Three digits of a large number."""
+    number = float(f"{number:.3g}")
     power = max(0, int(math.log10(max(number, 1)) // 3))
     return f"{number / 1000**power:.3g}{['', ' k', ' M', ' G', ' T', ' P', ' E'][power]}"
 
 
+def p_value(p: float) -> str:
+    return f"{p:.4f}" if p >= 0.00005 else "< 0.0001"
+
+
+BUDGET = ("tokens", "characters", "FLOPs", "minutes")
+
+
+def budget(group: Group) -> Iterator[str]:
+    """What the training of one seed took."""
+    yield short(group.of_summary("tokens_seen"))
+    yield short(group.characters)
+    yield short(group.flops)
+    yield f"{group.minutes:.1f}"
+
+
 def results_table(report: Findings) -> Iterator[str]:
-    head = ("run", "seeds", "nats/char", "SD", "95 % interval", "total", "active", "tokens", "FLOPs", "minutes", "step")
+    head = ("run", "seeds", "nats/char", "SD", "95 % interval", "total", "active", *BUDGET, "step")
 
     def row(group: Group) -> Iterator[str]:
         yield f"`{group.name}`"
@@ -54,16 +70,30 @@ def results_table(report: Findings) -> Iterator[str]:
         yield between(group.spread[0]) if group.spread else ""
         yield f"{group.of_summary('params_total'):,.0f}"
         yield f"{group.of_summary('params_active'):,.0f}"
-        yield short(group.of_summary("tokens_seen"))
-        yield short(group.flops)
-        yield f"{group.of_summary('wall_seconds') / 60:.2f}"
+        yield from budget(group)
         yield f"{group.of_summary('best_step'):.0f}"
 
     return table(head, map(row, report.ranked()))
 
 
+SHARES = ("total", "active", "characters", "FLOPs")
+
+
+def shares(a: Group, b: Group) -> Iterator[str]:
+    """What the first of two has or took, in units of the second."""
+    if not (a.results and b.results):
+        yield from [""] * len(SHARES)
+        return
+    for count in ("params_total", "params_active"):
+        yield f"{a.of_summary(count) / b.of_summary(count):.2f}"
+    yield f"{a.characters / b.characters:.2f}"
+    yield f"{a.flops / b.flops:.2f}"
+
+
 def differences_table(report: Findings) -> Iterator[str]:
-    head = ("difference", "seeds", "mean", "over seeds", "p", "corrected", "sign flips", "over text", "verdict")
+    head = (
+        "difference", "seeds", "mean", "over seeds", "p", "corrected", "sign flips", "over text", "verdict", *SHARES
+    )  # fmt: skip
 
     def row(found: Comparison) -> Iterator[str]:
         seeds = found.over_seeds
@@ -71,33 +101,38 @@ def differences_table(report: Findings) -> Iterator[str]:
         yield f"{seeds.seeds[0]} pairs" if seeds.is_paired else f"{seeds.seeds[0]} and {seeds.seeds[1]}"
         yield f"{seeds.interval.mean:+.4f}" if seeds.interval else ""
         yield between(seeds.interval, "+")
-        yield f"{seeds.p:.4f}" if seeds.interval else ""
-        yield f"{found.corrected:.4f}" if seeds.has_enough else ""
+        yield p_value(seeds.p) if seeds.has_enough else ""
+        yield p_value(found.corrected) if seeds.has_enough else ""
         yield f"{seeds.flips[0]:.4f} (least {seeds.flips[1]:.4f})" if seeds.flips else ""
         yield between(found.over_text, "+")
         yield f"**{found.verdict}**"
+        yield from shares(*map(report.group, found.pair))
 
     return table(head, map(row, report.comparisons))
 
 
 def experts(report: Findings) -> Iterator[str]:
-    """Each mixture of experts beside the dense models of its size, by both counts."""
-    dense = [group for group in report.groups.values() if not group.has_experts]
+    """Each mixture of experts beside the dense models of its size, by either count, also those of other budgets."""
+    dense = [group for group in report.ranked() if not group.has_experts]
 
-    def alike(moe: Group, count: str) -> str:
-        wanted, text = moe.of_summary(count), moe.summaries[0]["tokenizer_sha256"]
-        same_text = [group for group in dense if group.summaries[0]["tokenizer_sha256"] == text]
-        found = [group for group in same_text if abs(group.of_summary(count) / wanted - 1) <= ALIKE]
-        return "; ".join(f"`{group.name}` {group.mean:.4f}" for group in found) or "not run"
-
-    def row(moe: Group) -> Iterator[str]:
+    def row(moe: Group, words: str, other: Group | None) -> Iterator[str]:
         yield f"`{moe.name}`"
         yield f"{moe.mean:.4f}"
-        yield alike(moe, "params_active")
-        yield alike(moe, "params_total")
+        yield words
+        yield f"`{other.name}`" if other else "not run"
+        yield f"{other.mean:.4f}" if other else ""
+        yield from shares(moe, other) if other else [""] * len(SHARES)
 
-    moes = [group for group in report.ranked() if group.has_experts]
-    return table(("experts", "nats/char", "dense, as many active", "dense, as many in all"), map(row, moes))
+    def rows() -> Iterator[Iterator[str]]:
+        for moe in (group for group in report.ranked() if group.has_experts):
+            for count, words in (("params_active", "as many active"), ("params_total", "as many in all")):
+                found = [group for group in dense if group.tokenizer == moe.tokenizer]
+                found = [one for one in found if abs(one.of_summary(count) / moe.of_summary(count) - 1) <= ALIKE]
+                yield from (row(moe, words, other) for other in found)
+                if not found:
+                    yield row(moe, words, None)
+
+    return table(("experts", "nats/char", "of which", "dense", "nats/char", *SHARES), rows())
 
 
 def samples(report: Findings) -> Iterator[str]:
@@ -123,7 +158,8 @@ def runs_table(report: Findings) -> Iterator[str]:
         yield f"{found['total_steps']}"
         yield found["stop_reason"]
         yield f"{found['wall_seconds'] / 60:.2f}"
-        yield (found["git_commit"] or "")[:8]
+        commit, _, dirty = (found["git_commit"] or "").partition("-")
+        yield f"{commit[:8]}{dirty and ' and changes'}"
         yield f"`{found['command']}`"
 
     return table(head, (row(result) for group in report.groups.values() for result in group.results))
@@ -147,10 +183,13 @@ def index(report: Findings, pictures: Iterable[str]) -> str:
         f"- torch: {distinct(lambda result: result.summary['versions']['torch'])}",
         f"- text, by its SHA-256: {distinct(lambda result: result.summary['data_sha256'][:16])}",
         *([f"- not run: {', '.join(f'`{name}`' for name in missing)}"] if missing else []),
+        *([f"- left out, since the study does not name them: {', '.join(report.others)}"] if report.others else []),
+        *(f"- failed: `{name}`: {why}" for name, why in report.failed.items()),
         "\n## Results\n",
-        "Nats per character of the whole validation part at the best check, mean over seeds; parameters, and what a "
-        f"seed took until it stopped; the step of the best check. With fewer than {SEEDS_OF_A_SPREAD} seeds a spread "
-        "cannot be told.\n",
+        "Nats per character of the whole validation part at the best check, which was chosen on that part, mean over "
+        "seeds; parameters, and what a seed took until it stopped (characters: tokens by their mean length; minutes: "
+        "by the clock, the median, on a machine that had other things to do too); the step of the best check. With "
+        f"fewer than {SEEDS_OF_A_SPREAD} seeds a spread cannot be told.\n",
         *results_table(report),
     ]
     if report.floors:
@@ -161,7 +200,8 @@ def index(report: Findings, pictures: Iterable[str]) -> str:
             "\n## Differences\n",
             "Named before anything ran. Pairs share their batches; other groups are compared by Welch's test. `over "
             "seeds` is another training on this text, `over text` another text for these models. Corrected p: Holm, "
-            f"over all that were named. With fewer than {SEEDS_OF_A_COMPARISON} seeds on either side: cannot tell.\n",
+            f"over all that were named. With fewer than {SEEDS_OF_A_COMPARISON} seeds on either side: cannot tell. The "
+            "last columns: what the first of the two has or took, in units of the second.\n",
             *differences_table(report),
         ]
     if any(group.has_experts for group in report.groups.values()):

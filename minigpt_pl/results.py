@@ -56,13 +56,11 @@ class Scores:
 
     def by_character(self) -> NDArray[np.float64]:
         """Nats of each character of the part, a token's shared among its own; nan where none was scored."""
-        first = np.arange(0, len(self.nats), self.window)
-        before = np.cumsum(self.lengths, dtype=np.int64) - self.lengths  # characters scored before each token
-        starts = before + np.repeat(self.begins - before[first], np.diff([*first, len(self.nats)]))
-        owner = np.repeat(np.arange(len(self.nats)), self.lengths)
-        places = starts[owner] + np.arange(len(owner)) - before[owner]
+        characters = np.add.reduceat(self.lengths, np.arange(0, len(self.nats), self.window))  # of each window
+        before = np.cumsum(characters) - characters
+        places = np.repeat(self.begins - before, characters) + np.arange(characters.sum())
         found = np.full(places.max() + 1, np.nan)
-        found[places] = (self.nats.astype(np.float64) / self.lengths)[owner]
+        found[places] = np.repeat(self.nats.astype(np.float64) / self.lengths, self.lengths)
         return found
 
     def by_position(self) -> NDArray[np.float64]:
@@ -216,6 +214,11 @@ class Result:
         return Scores(nats, lengths.astype(np.int64), begins, self.settings["model"]["init_args"]["block_size"])
 
     @property
+    def characters_a_token(self) -> float:
+        """In the mean, over what was scored."""
+        return float(self.scores.lengths.mean())
+
+    @property
     def sample(self) -> str:
         return (self.folder / SAMPLE).read_text("utf-8").removesuffix("\n")
 
@@ -225,6 +228,12 @@ class Result:
             rows = [row for row in csv.DictReader(file) if row["part"] == part]
         names = [name for name in (rows[0] if rows else {}) if name != "part"]
         return {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
+
+    def scored_text(self) -> tuple[Any, ...]:
+        """What a figure is a figure of: runs are compared only where this is equal."""
+        data = self.settings["data"]
+        ways = ("train_frac", "test_frac", "eval_mode", "max_eval_tokens")
+        return (self.summary["data_sha256"], *(data[name] for name in ways))
 
     def batches(self) -> tuple[Any, ...]:
         """What decides, with the seed, which batches a run sees: runs are pairs only where this is equal."""

@@ -4,7 +4,7 @@ Numbers in, numbers out: runs and their files are in `results`, words and tables
 axis, so that many studies are analysed at once; scipy is imported where it is needed, since only a study needs it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,8 +22,11 @@ MOST_COMPARISONS = 6
 MOST_FLIPPED = 16
 BLOCK = 500
 """Characters of text that stay together in the bootstrap: neighbours are hard, or easy, together."""
+FEWEST_BLOCKS = 10
+"""Of which other texts can be put together."""
 
 Values = NDArray[np.float64]
+Test = Callable[[ArrayLike, ArrayLike], tuple["Interval", Values]]
 
 
 class Interval(NamedTuple):
@@ -84,8 +87,10 @@ def sign_flip(differences: ArrayLike) -> tuple[float, float]:
     return float(np.mean(sums >= sums[0] * (1 - 1e-12))), 2.0 ** (1 - n)
 
 
-def block_bootstrap(values: Values, block: int = BLOCK, draws: int = 5000, seed: int = 0) -> Interval:
+def block_bootstrap(values: Values, block: int = BLOCK, draws: int = 5000, seed: int = 0) -> Interval | None:
     """The mean of values along a text, with the interval that another text of this length and kind would give it.
+
+    None for a text of fewer than FEWEST_BLOCKS blocks, which says nothing of others.
 
     Args:
         values: One for each character (n,), in order; nan where there is none.
@@ -94,10 +99,12 @@ def block_bootstrap(values: Values, block: int = BLOCK, draws: int = 5000, seed:
         seed: Of the draws.
     """
     known = values[~np.isnan(values)].astype(float)
-    n, block = len(known), min(block, len(known))
+    n = len(known)
+    if n < FEWEST_BLOCKS * block:
+        return None
     around = np.concatenate([[0.0], np.cumsum(np.concatenate([known, known[: block - 1]]))])
     sums = around[block:] - around[:-block]  # of each block, by its start (n,)
-    starts = np.random.default_rng(seed).integers(0, n, (draws, max(1, round(n / block))))
+    starts = np.random.default_rng(seed).integers(0, n, (draws, round(n / block)))
     means = sums[starts].mean(1) / block
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(known.mean(), low, high)
@@ -135,14 +142,22 @@ def difference(a: Mapping[int, float], b: Mapping[int, float], equal_batches: bo
     common = sorted(a.keys() & b.keys())
     if equal_batches and len(common) > 1:
         one, other = [a[seed] for seed in common], [b[seed] for seed in common]
-        interval, p = paired(one, other)
+        interval, p = tested(paired, one, other)
         flips = sign_flip(np.subtract(one, other)) if len(common) <= MOST_FLIPPED else None
-        return Difference(True, (len(common), len(common)), interval, float(p), flips)
+        return Difference(True, (len(common), len(common)), interval, p, flips)
     seeds = len(a), len(b)
     if min(seeds) < 2:
         return Difference(False, seeds, None, 1.0, None)
-    interval, p = unpaired(list(a.values()), list(b.values()))
-    return Difference(False, seeds, interval, float(p), None)
+    interval, p = tested(unpaired, list(a.values()), list(b.values()))
+    return Difference(False, seeds, interval, p, None)
+
+
+def tested(test: Test, a: list[float], b: list[float]) -> tuple[Interval, float]:
+    """What a test says of two configurations; of equal figures, of which it says nan, that they are equal."""
+    if np.ptp([*a, *b]) == 0 or test is paired and a == b:
+        return Interval(np.zeros(()), np.zeros(()), np.zeros(())), 1.0
+    interval, p = test(a, b)
+    return interval, float(p)
 
 
 def verdicts(differences: list[Difference]) -> list[tuple[str, float]]:

@@ -22,10 +22,10 @@ from jsonargparse import ArgumentParser
 from minigpt_pl import results, signals
 from minigpt_pl.checkpoint import LAST
 from minigpt_pl.errors import InputError, say
-from minigpt_pl.findings import Findings
+from minigpt_pl.findings import Findings, kept
 from minigpt_pl.floors import LONGEST_FOR_FLOORS, floors
 from minigpt_pl.helptext import quiet
-from minigpt_pl.plans import FLOORS, Run, find_study, keep_words, plan, read_study, text_of
+from minigpt_pl.plans import FAILED, FLOORS, Run, find_study, keep_words, plan, read_study, text_of
 from minigpt_pl.report import overview
 from minigpt_pl.text import write_atomically
 
@@ -101,11 +101,12 @@ class Running:
         return f"{last.strip()} (exit status {self.process.returncode}; {self.log})"
 
 
-def carry_out(runs: list[Run], jobs: int, finish: Callable[[Run], None]) -> dict[str, tuple[int, str]]:
+def carry_out(runs: list[Run], done: list[Run], jobs: int, finish: Callable[[Run], None]) -> dict[str, tuple[int, str]]:
     """Runs what is not done, so many at a time; a signal stops all of them cleanly.
 
     Args:
         runs: In order.
+        done: Those that have results already.
         jobs: Processes at a time; they share the cores.
         finish: Called when a run has ended.
 
@@ -135,9 +136,8 @@ def carry_out(runs: list[Run], jobs: int, finish: Callable[[Run], None]) -> dict
         for one in running:
             one.process.terminate()
 
-    waiting = list(runs)
-    for run in [run for run in waiting if run.is_done()]:
-        waiting.remove(run)
+    waiting = [run for run in runs if run not in done]
+    for run in done:
         progress.end(run, results.Result(run.folder).summary["wall_seconds"])
     if progress.ended:
         progress.say("done before", waiting, running)
@@ -199,6 +199,14 @@ def tell(line: str) -> None:
         print(line, flush=True)
 
 
+def keep(path: Path, content: dict[str, Any]) -> None:
+    """Writes what the report reads with the results; no file where there is nothing."""
+    if content:
+        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    else:
+        path.unlink(missing_ok=True)
+
+
 def floors_of(runs: list[Run]) -> dict[str, Any]:
     """n-gram and xz floors of the text that the runs share, with its hash and shares; {} for a long text."""
     text = runs[0].settings["data"]
@@ -229,6 +237,7 @@ def run(command: str, options: list[str]) -> int:
     study = read_study(find_study(said.file))
     out = Path(said.out or f"docs/results/{study.name}")
     runs = plan(study, out, Path(said.run_dir or f"runs/{study.name}"), said.seeds, said.only)
+    done = [run for run in runs if run.is_done()]  # which refuses what has other settings: before anything is written
     keep_words(study, out)
     where = machine(said.jobs)
     torch.set_num_threads(max(1, cores() // said.jobs))
@@ -237,15 +246,18 @@ def run(command: str, options: list[str]) -> int:
         given = shlex.join(["minigpt", "fit", *run.words, "--seed_everything", str(run.seed)])
         results.leave(run.run_dir, run.folder, {"command": results.without_places(given), "machine": where})
 
-    failed = carry_out(runs, said.jobs, finish)
-    if (number := signals.noted) is not None:
+    if not (out / FLOORS).exists():
+        keep(out / FLOORS, floors_of(runs))
+    failed = carry_out(runs, done, said.jobs, finish)
+    why = kept(out / FAILED) | {name: results.without_places(why) for name, (_, why) in failed.items()}
+    keep(out / FAILED, {name: words for name, words in why.items() if not (out / "runs" / name).is_dir()})
+    if (number := signals.noted) is None:
+        signals.defer(False)
+        if find_spec("scipy") and any((out / "runs").glob("*")):
+            tell(f"\n{overview(Findings(out))}\n\npictures and tables: minigpt report {out}")
+    for name, (_, words) in failed.items():
+        say(f"failed: {name}: {words}")
+    if number is not None:
         tell(f"stopped; the same command goes on: minigpt {command} {shlex.join(options)}")
         return 128 + number
-    signals.defer(False)
-    if not (out / FLOORS).exists() and any(run.is_done() for run in runs):
-        write_atomically(out / FLOORS, (json.dumps(floors_of(runs), indent=2) + "\n").encode())
-    if find_spec("scipy") and any((out / "runs").glob("*")):
-        tell(f"\n{overview(Findings(out))}\n\npictures and tables: minigpt report {out}")
-    for name, (_, why) in failed.items():
-        say(f"failed: {name}: {why}")
     return next((status for status, _ in failed.values()), 0)

@@ -13,7 +13,7 @@ from typing import Any
 from minigpt_pl.floors import floors
 
 PICTURE = Path(__file__).parents[1] / "docs" / "curve.svg"
-STEPS = (100, 200, 400, 800, 1200, 1600)
+STEPS = (100, 200, 400, 800, 1200, 1500)
 TRAIN, VAL, FLOOR, INK = "#9db8d9", "#1f5fa8", "#b0762a", "#333333"
 CLOSEST = 0.075  # nats between two labels, so that they do not cover each other
 

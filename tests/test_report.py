@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import yaml
 from conftest import PROJECT, Outcome
+from matplotlib.figure import Figure
 
 from minigpt_pl.findings import Findings
+from minigpt_pl.pictures import curves, draw
 from minigpt_pl.plans import STUDY, resolved
-from minigpt_pl.report import index
+from minigpt_pl.report import index, short
 from minigpt_pl.results import Result, Scores
 
 COMMITTED = sorted(path.parent for path in PROJECT.glob(f"docs/results/*/{STUDY}"))
@@ -37,8 +39,8 @@ def test_a_committed_report_says_what_its_results_do(folder: Path) -> None:
         assert sum(file.stat().st_size for file in run.iterdir()) <= 150_000, run
 
 
-def leave(folder: Path, name: str, seed: int, best: float, words: str = "", **summary: Any) -> None:
-    """A results folder with a given figure."""
+def leave(folder: Path, name: str, seed: int, best: float, words: str = "", length: int = 1, **summary: Any) -> None:
+    """A results folder with a given figure, of tokens of some length."""
     place = folder / "runs" / f"{name}-{seed}"
     place.mkdir(parents=True)
     settings = resolved(f"--model.block_size 128 {words}".split()) | {"seed_everything": seed}
@@ -54,8 +56,9 @@ def leave(folder: Path, name: str, seed: int, best: float, words: str = "", **su
     row = ",".join("0.25" for _ in loads.split(","))
     rows = [f"100,train,,{row}", f"100,val,{best + 0.5},", f"200,train,,{row}", f"200,val,{best},"]
     (place / "metrics.csv").write_text("\n".join([f"step,part,val/nats_per_char,{loads}", *rows]) + "\n")
-    nats = (best + 0.1 * np.sin(np.arange(128 * 20) / 7)).astype(np.float16)
-    np.savez_compressed(place / "nats.npz", nats=nats, begins=np.arange(20, dtype=np.int32) * 128 + 1)
+    nats = length * (best + 0.1 * np.sin(np.arange(128 * 50) / 7)).astype(np.float16)
+    begins = np.arange(50, dtype=np.int32) * 128 * length + 1
+    np.savez_compressed(place / "nats.npz", nats=nats, begins=begins, lengths=np.full(len(nats), length, np.uint8))
     (place / "sample.txt").write_text(f"<{name}> & more\n")
 
 
@@ -69,12 +72,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         leave(folder, "wide", seed, 1.25 + NOISE[2, seed], "--data.batch_size 16", params_total=3000)
         if seed < 3:
             leave(folder, "rare", seed, 1.0 + NOISE[3, seed])
-    named = ["sparse - dense", "wide - dense", "rare - dense", "never - dense"]
-    runs = dict.fromkeys(("dense", "sparse", "wide", "rare", "never"), "")
+            leave(folder, "unnamed", seed, 1.0)
+        leave(
+            folder, "pieces", seed, 1.25 + NOISE[3, seed], "--data.tokenizer bpe", length=3, tokenizer_sha256="b" * 64
+        )
+        leave(folder, "elsewhere", seed, 0.5, "--data.test_frac 0.05")
+    named = ["sparse - dense", "wide - dense", "rare - dense", "never - dense", "elsewhere - dense", "pieces - dense"]
+    runs = dict.fromkeys(("dense", "sparse", "wide", "rare", "never", "pieces", "elsewhere"), "")
     content = {"about": "A made study.", "runs": runs, "comparisons": named}
     (folder / STUDY).write_text(yaml.safe_dump(content, sort_keys=False))
     floors = {"unigram": {"nats_per_char": 3.1}, "xz": {"nats_per_char": 1.7}}
-    (folder / "floors.json").write_text(json.dumps({"floors": floors}))
+    of = {"data_sha256": "d" * 64, "train_frac": 0.9, "test_frac": 0.0}
+    (folder / "floors.json").write_text(json.dumps({**of, "floors": floors}))
+    (folder / "failed.json").write_text(json.dumps({"rare-4": "it diverged"}))
     return folder
 
 
@@ -86,7 +96,7 @@ def test_the_report_says_what_is_known_of_the_results(made: Path, minigpt: Calla
     cells = [
         [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.split("## Differences")[0].splitlines()
     ]
-    row = {first: rest for first, *rest in (line for line in cells if line) if first in ("dense", "rare", "sparse")}
+    row = {first: rest for first, *rest in (line for line in cells if line) if rest}
     values = 1.25 + NOISE[0]
     half = 2.3646 * values.std(ddof=1) / 8**0.5  # Student's t, 7 degrees of freedom
     assert row["dense"][:4] == [
@@ -95,29 +105,81 @@ def test_the_report_says_what_is_known_of_the_results(made: Path, minigpt: Calla
     ]  # fmt: skip
     assert row["rare"][0] == "3"
     assert row["sparse"][4:6] == ["3,000", "1,010"]
-    assert row["dense"][4:9] == ["1,000", "1,000", "410 k", "2.46 G", "1.50"]
+    assert row["dense"][4:10] == ["1,000", "1,000", "410 k", "410 k", "2.46 G", "1.5"]
+    assert row["pieces"][6:8] == ["410 k", "1.23 M"]  # tokens of three characters each
     differences = text[text.index("## Differences") : text.index("## Experts")]
-    verdict = dict(re.findall(r"^\| `(.*?)` .*\*\*(.*)\*\* \|$", differences, re.MULTILINE))
+    verdict = dict(re.findall(r"^\| `(.*?)` .*\*\*(.*)\*\* \|", differences, re.MULTILINE))
     assert verdict == {
         "sparse - dense": "lower",
         "wide - dense": "no difference found",
         "rare - dense": "cannot tell",
         "never - dense": "cannot tell",
+        "elsewhere - dense": "cannot tell",  # of another text
+        "pieces - dense": "no difference found",
     }
+    assert "`never - dense` | 0 and 8 |" in differences
+    assert "**lower** | 3.00 | 1.01 | 1.00 | 1.00 |" in differences
+    assert differences.strip().endswith("| 1.00 | 1.00 | 3.00 | 1.00 |")
     assert "8 pairs" in differences
     assert "`wide - dense` | 8 and 8 |" in differences  # other batches are no pairs
     assert "`rare - dense` | 3 pairs |" in differences
     assert "- not run: `never`" in text
+    assert "- failed: `rare-4`: it diverged" in text
+    assert "the study does not name them: unnamed" in text
     experts = text[text.index("## Experts") : text.index("![curves]")]
-    assert f"`dense` {values.mean():.4f}" in experts.split("|")[-3]
-    assert f"`wide` {1.25 + NOISE[2].mean():.4f}" in experts.split("|")[-2]
+    assert f"| as many active | `dense` | {values.mean():.4f} | 3.00 | 1.01 | 1.00 | 1.00 |" in experts
+    assert f"| as many in all | `wide` | {1.25 + NOISE[2].mean():.4f} | 1.00 | 1.01 | 1.00 | 1.00 |" in experts
+    assert "`pieces`" not in experts  # of other tokens
     assert "What simple methods reach: unigram 3.1000, xz 1.7000." in text
     assert "&lt;sparse&gt; &amp; more" in text
-    for path in (made / "runs").iterdir():
+    for path in (path for path in (made / "runs").iterdir() if not path.name.startswith("unnamed")):
         assert f"[{path.name}](runs/{path.name})" in text
         assert f"minigpt fit --seed_everything {Result(path).seed}`" in text
     for name in ("curves", "differences", "experts", "positions"):
         assert (made / f"{name}.png").stat().st_size > 10_000
+
+
+def test_seeds_and_text_speak_of_the_same_pairs(made: Path, tmp_path: Path) -> None:
+    """A seed that only one of two has, and that is far off, is in neither."""
+    folder = tmp_path / "made"
+    shutil.copytree(made, folder)
+    leave(folder, "sparse", 8, 9.0, "-c moe")
+    found = next(one for one in Findings(folder).comparisons if one.name == "sparse - dense")
+    assert found.over_seeds.seeds == (8, 8)
+    assert found.over_seeds.interval is not None
+    assert found.over_text is not None
+    assert found.over_text.mean == pytest.approx(found.over_seeds.interval.mean, abs=1e-3)
+
+
+def test_floors_of_another_text_are_not_shown(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    shutil.copytree(made, folder)
+    floors = json.loads((folder / "floors.json").read_text())
+    (folder / "floors.json").write_text(json.dumps(floors | {"data_sha256": "e" * 64}))
+    assert Findings(made).floors
+    assert not Findings(folder).floors
+
+
+def test_a_curve_ends_with_its_last_seed_and_needs_two_checks(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    shutil.copytree(made, folder)
+    for path in (folder / "runs").glob("*/metrics.csv"):
+        head, *rows = path.read_text().splitlines()
+        longer = path.parent.name == "dense-3"
+        path.write_text("\n".join([head, *rows[-2:], *([f"{step},val,1.1," for step in (400, 800)] if longer else [])]))
+    figure = Figure()
+    assert curves(Findings(folder), figure)
+    (line,) = (line for line in figure.axes[0].lines if line.get_label().startswith("dense"))
+    assert line.get_xdata()[-1] == 800 * 2048
+    assert line.get_ydata()[-1] == 1.1
+    shutil.rmtree(folder / "runs" / "dense-3")
+    (folder / "curves.png").write_bytes(b"of before")
+    assert "curves.png" not in list(draw(Findings(folder)))
+    assert not (folder / "curves.png").exists()
+
+
+def test_large_numbers_have_three_digits() -> None:
+    assert [short(number) for number in (7, 999, 999_936, 1_113_600, 2.38e14)] == ["7", "999", "1 M", "1.11 M", "238 T"]
 
 
 def test_a_number_changed_by_hand_is_found(made: Path, tmp_path: Path, minigpt: Callable[..., Outcome]) -> None:

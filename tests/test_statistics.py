@@ -6,6 +6,7 @@ from scipy import stats
 
 from minigpt_pl.statistics import (
     BLOCK,
+    FEWEST_BLOCKS,
     LEVEL,
     MOST_COMPARISONS,
     SEEDS_OF_A_COMPARISON,
@@ -103,9 +104,25 @@ def test_the_block_bootstrap_covers_where_neighbours_are_alike() -> None:
 
 
 def test_characters_that_were_not_scored_are_left_out() -> None:
-    values = np.array([np.nan, 1.0, 3.0, np.nan])
-    assert block_bootstrap(values, 1).mean == 2
-    assert block_bootstrap(np.ones(7), 500) == (1, 1, 1)
+    values = np.array([np.nan, 1.0, 3.0, np.nan] * 5)
+    found = block_bootstrap(values, 1)
+    assert found is not None
+    assert found.mean == 2
+
+
+def test_a_text_of_few_blocks_says_nothing_of_others() -> None:
+    assert block_bootstrap(np.ones(FEWEST_BLOCKS * BLOCK), BLOCK) == (1, 1, 1)
+    assert block_bootstrap(np.ones(FEWEST_BLOCKS * BLOCK - 1), BLOCK) is None
+
+
+def test_equal_figures_are_no_difference() -> None:
+    """Two configurations that differ in what changes nothing train alike to the bit."""
+    figures = {seed: 1 + 0.1 * seed for seed in range(8)}
+    same = dict.fromkeys(range(8), 1.25)
+    for a, b, pairs in ((figures, figures, True), (same, same, True), (same, same, False)):
+        found = difference(a, b, pairs)
+        assert (found.p, found.interval) == (1, (0, 0, 0))
+        assert verdicts([found]) == [("no difference found", 1)]
 
 
 def test_only_equal_batches_are_paired_and_only_over_equal_seeds() -> None:
