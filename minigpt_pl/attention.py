@@ -123,7 +123,7 @@ class DroppedAttention(torch.autograd.Function):
             stop = min(start + block, T)
             scores = torch.baddbmm(future[start:stop, :stop], q[:, start:stop], k[:, :stop].mT, alpha=scale)
             weights = scores.softmax(-1)
-            dropped = scaled_mask(weights.shape, p).mul_(weights)
+            dropped = scaled_mask(weights, p).mul_(weights)
             y[:, start:stop] = dropped @ v[:, :stop]  # torch multiplies into a part of a tensor on one thread
             kept += [weights, dropped]
         ctx.save_for_backward(q, k, v, y, *kept)

@@ -3,8 +3,6 @@
 Where a model has dropout is in `attention`, `layers` and `models`.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,19 +10,20 @@ from torch.nn import functional as F
 
 def is_plain_cpu(x: Tensor) -> bool:
     """Whether torch's own way is slow and ours taken: it draws masks on one thread, which costs a third of a step."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    known = x.dtype in (torch.float32, torch.bfloat16)
+    return x.device.type == "cpu" and known and not torch.compiler.is_compiling()
 
 
-def scaled_mask(shape: torch.Size, p: float) -> Tensor:
-    """1 / (1 - p) where an element stays and 0 where it goes, fp32 on the CPU; p is kept to 16 bits.
+def scaled_mask(like: Tensor, p: float) -> Tensor:
+    """1 / (1 - p) where an element stays and 0 where it goes, for a tensor on the CPU; p is kept to 16 bits.
 
     Four elements share one 64-bit number of the default generator. The full range must be asked for: `random_()` alone
     leaves the top bit of each number unset.
     """
-    count = math.prod(shape)
+    count = like.numel()
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
-    stays = torch.empty(shape)  # 0 or 1, without a pass over booleans
-    torch.ge(bits.view(torch.int16)[:count].view(shape), round(p * 2**16) - 2**15, out=stays)
+    stays = torch.empty_like(like)  # 0 or 1, without a pass over booleans
+    torch.ge(bits.view(torch.int16)[:count].view(like.shape), round(p * 2**16) - 2**15, out=stays)
     return stays.mul_(1 / (1 - p))
 
 
@@ -44,7 +43,7 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_active:
             return x
-        return x * scaled_mask(x.shape, self.p) if is_plain_cpu(x) else F.dropout(x, self.p)
+        return x * scaled_mask(x, self.p) if is_plain_cpu(x) else F.dropout(x, self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

@@ -143,6 +143,21 @@ def test_dropout_keeps_what_attention_expects() -> None:
     assert not torch.equal(y[0], y[1]), "each row has its own mask"
 
 
+def test_in_bf16_the_masks_are_those_of_fp32_and_the_rest_is_rounding() -> None:
+    q, k, v, direction = (torch.randn(2, 3, 130, 16, generator=torch.Generator().manual_seed(i)) for i in range(4))
+    results = []
+    for kind in (torch.float32, torch.bfloat16):
+        inputs = [x.detach().to(kind).requires_grad_() for x in (q, k, v)]
+        reseed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind is torch.bfloat16):
+            y = Dropout(0.25)(attend(*inputs, Dropout(0.3)))
+        y.backward(direction.to(kind))
+        results.append([y.detach(), *(x.grad for x in inputs)])
+    for exact, rounded in zip(*results, strict=True):
+        assert rounded.dtype is torch.bfloat16
+        assert 0 < (rounded.float() - exact).norm() / exact.norm() < 0.03
+
+
 # Norm and feed-forward nets.
 
 
