@@ -181,6 +181,29 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+def rows(page: Path) -> dict[str, list[str]]:
+    """The tables of a page, by the name in backticks that stands first in a row."""
+    found = re.findall(r"^\| `([^`]+)` \|(.*)\|$", page.read_text("utf-8"), re.MULTILINE)
+    return {name: [cell.strip() for cell in rest.split("|")] for name, rest in found}
+
+
+def rounded(text: str, digits: int) -> set[str]:
+    return {f"{float(number):.{digits}f}" for number in re.findall(r"-?\d+\.\d+", text)}
+
+
+def test_figures_that_a_page_quotes_of_a_study_are_its_own() -> None:
+    quoted = 0
+    for page in [*PAGES, PROJECT / "README.md"]:
+        for target in set(re.findall(r"\]\(([^)#\s]*results/\w+/index\.md)\)", page.read_text("utf-8"))):
+            study = rows(page.parent / target)
+            for name, cells in rows(page).items():
+                for number in re.findall(r"-?\d+\.\d+", " ".join(cells)) if name in study else ():
+                    known = rounded(" ".join(study[name]), len(number.split(".")[1]))
+                    assert number in known, f"{page.name}: {name}: {number} is not in {target}"
+                    quoted += 1
+    assert quoted
+
+
 def test_tests_that_a_page_names_exist() -> None:
     sources = {path.name: path.read_text("utf-8") for path in PROJECT.glob("tests/*.py")}
     for page in PAGES:
