@@ -76,6 +76,13 @@ class Group:
         return float(np.mean([found["flops_per_token"] * found["tokens_seen"] for found in self.summaries]))
 
     @property
+    def sampling_error(self) -> float:
+        """What a check by `eval_iters` random batches would have scattered by (SD), the mean over seeds."""
+        data = [result.settings["data"] for result in self.results]
+        windows = [found["eval_iters"] * found["batch_size"] for found in data]
+        return float(np.mean([r.scores.sampling_error(n) for r, n in zip(self.results, windows, strict=True)]))
+
+    @property
     def tokenizer(self) -> str:
         return str(self.summaries[0]["tokenizer_sha256"])
 

@@ -60,7 +60,7 @@ def budget(group: Group) -> Iterator[str]:
 
 
 def results_table(report: Findings) -> Iterator[str]:
-    head = ("run", "seeds", "nats/char", "SD", "95 % interval", "total", "active", *BUDGET, "step")
+    head = ("run", "seeds", "nats/char", "SD", "95 % interval", "sampled", "total", "active", *BUDGET, "step")
 
     def row(group: Group) -> Iterator[str]:
         yield f"`{group.name}`"
@@ -68,6 +68,7 @@ def results_table(report: Findings) -> Iterator[str]:
         yield f"{group.mean:.4f}"
         yield f"{group.spread[1]:.4f}" if group.spread else "cannot tell"
         yield between(group.spread[0]) if group.spread else ""
+        yield f"{group.sampling_error:.4f}"
         yield f"{group.of_summary('params_total'):,.0f}"
         yield f"{group.of_summary('params_active'):,.0f}"
         yield from budget(group)
@@ -187,9 +188,10 @@ def index(report: Findings, pictures: Iterable[str]) -> str:
         *(f"- failed: `{name}`: {why}" for name, why in report.failed.items()),
         "\n## Results\n",
         "Nats per character of the whole validation part at the best check, which was chosen on that part, mean over "
-        "seeds; parameters, and what a seed took until it stopped (characters: tokens by their mean length; minutes: "
-        "by the clock, the median, on a machine that had other things to do too); the step of the best check. With "
-        f"fewer than {SEEDS_OF_A_SPREAD} seeds a spread cannot be told.\n",
+        "seeds; `sampled`: the SD that a check would have had by the run's `eval_iters` random batches in place of the "
+        "whole part; parameters, and what a seed took until it stopped (characters: tokens by their mean length; "
+        "minutes: by the clock, the median, on a machine that had other things to do too); the step of the best check. "
+        f"With fewer than {SEEDS_OF_A_SPREAD} seeds a spread cannot be told.\n",
         *results_table(report),
     ]
     if report.floors:

@@ -6,6 +6,7 @@ When runs are started is in `study`, what is made of their results in `report`.
 import csv
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -67,6 +68,13 @@ class Scores:
         """Mean nats per character of the targets at each position of a window (window,)."""
         position = np.arange(len(self.nats)) % self.window
         return np.bincount(position, self.nats) / np.bincount(position, self.lengths)
+
+    def sampling_error(self, windows: int) -> float:
+        """What the mean of so many windows drawn at random would scatter by (SD), in nats per character."""
+        whole = len(self.nats) // self.window * self.window  # the last window may be short
+        nats, characters = (x[:whole].astype(np.float64).reshape(-1, self.window) for x in (self.nats, self.lengths))
+        means = nats.sum(1) / characters.sum(1)
+        return float(means.std(ddof=1) / np.sqrt(windows)) if len(means) > 1 else math.nan
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ Results are written here as a study would leave them; no model is trained.
 """
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -104,9 +105,11 @@ def test_the_report_says_what_is_known_of_the_results(made: Path, minigpt: Calla
         f"{values.mean() - half:.4f} ... {values.mean() + half:.4f}",
     ]  # fmt: skip
     assert row["rare"][0] == "3"
-    assert row["sparse"][4:6] == ["3,000", "1,010"]
-    assert row["dense"][4:10] == ["1,000", "1,000", "410 k", "410 k", "2.46 G", "1.5"]
-    assert row["pieces"][6:8] == ["410 k", "1.23 M"]  # tokens of three characters each
+    window = 0.1 * np.sin(np.arange(128 * 50) / 7).reshape(50, 128).mean(1)
+    assert row["dense"][4] == f"{window.std(ddof=1) / (100 * 8) ** 0.5:.4f}"
+    assert row["sparse"][5:7] == ["3,000", "1,010"]
+    assert row["dense"][5:11] == ["1,000", "1,000", "410 k", "410 k", "2.46 G", "1.5"]
+    assert row["pieces"][7:9] == ["410 k", "1.23 M"]  # tokens of three characters each
     differences = text[text.index("## Differences") : text.index("## Experts")]
     verdict = dict(re.findall(r"^\| `(.*?)` .*\*\*(.*)\*\* \|", differences, re.MULTILINE))
     assert verdict == {
@@ -210,6 +213,16 @@ def test_loss_by_position_and_by_character_are_of_the_right_tokens() -> None:
     assert np.isnan(found[:2]).all()
     assert found[2:].tolist() == [1, 1, 1, 1, 1, 1, 4, 6]
     assert scores.by_position().tolist() == [5 / 2, 8 / 3, 1]
+
+
+def test_a_check_by_random_windows_scatters_as_the_report_says() -> None:
+    draw = np.random.default_rng(3)
+    lengths = draw.integers(1, 4, 50 * 7 + 3)  # tokens; the last window is a short one
+    scores = Scores((lengths * draw.gamma(2, 1, len(lengths))).astype(np.float16), lengths, np.zeros(51, np.int32), 7)
+    nats, characters = (x[:350].reshape(50, 7).sum(1) for x in (scores.nats.astype(float), lengths))
+    checks = [np.mean((nats / characters)[draw.integers(0, 50, 12)]) for _ in range(20_000)]
+    assert scores.sampling_error(12) == pytest.approx(np.std(checks), rel=0.03)
+    assert math.isnan(Scores(np.ones(7, np.float16), np.ones(7), np.zeros(1, np.int32), 7).sampling_error(12))
 
 
 def test_a_folder_without_results_is_refused(minigpt: Callable[..., Outcome], tmp_path: Path) -> None:
