@@ -182,9 +182,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def rows(page: Path) -> dict[str, list[str]]:
-    """The tables of a page, by the name in backticks that stands first in a row."""
-    found = re.findall(r"^\| `([^`]+)` \|(.*)\|$", page.read_text("utf-8"), re.MULTILINE)
-    return {name: [cell.strip() for cell in rest.split("|")] for name, rest in found}
+    """The cells of a page's tables, by the name in backticks that stands first in a row."""
+    found: dict[str, list[str]] = {}
+    for name, rest in re.findall(r"^\| `([^`]+)` \|(.*)\|$", page.read_text("utf-8"), re.MULTILINE):
+        found.setdefault(name, []).extend(rest.split("|"))
+    return found
 
 
 def rounded(text: str, digits: int) -> set[str]:
