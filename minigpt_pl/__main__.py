@@ -56,7 +56,7 @@ def main(args: list[str] | None = None) -> int:
         say(f"error: {one_line(error)}")
         return 2
     except Diverged as error:
-        say(f"error: the run diverged at {one_line(error)}; a lower --model.lr may help")
+        say(f"error: the run diverged at {one_line(error)}; a lower --model.lr and --model.muon_lr may help")
         return 3 if is_first_process() else 0  # Lightning kills the first process where another one fails
     except BrokenPipeError:  # predict | head: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

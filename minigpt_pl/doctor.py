@@ -22,7 +22,7 @@ from minigpt_pl.floors import LONGEST_FOR_FLOORS, floors
 from minigpt_pl.helptext import asks_for_help, page, quiet
 from minigpt_pl.models import GPT, nll
 from minigpt_pl.modules import LanguageModel
-from minigpt_pl.optim import build_optimizer
+from minigpt_pl.optim import Rule, build_optimizer
 from minigpt_pl.summary import versions
 from minigpt_pl.windows import TrainBatches
 
@@ -74,9 +74,9 @@ def synchronise(device: str) -> None:
         torch.mps.synchronize()
 
 
-def speed(model: GPT, ids: Tensor, precise: Callable[[], Any], steps: int) -> float:
+def speed(model: GPT, ids: Tensor, precise: Callable[[], Any], rule: Rule, steps: int) -> float:
     """Seconds of a training step."""
-    optimizer = build_optimizer(model, 1e-4, 0.1)
+    optimizer = build_optimizer(model, 1e-4, 0.1, rule)
     device = ids.device.type
     for step in range(steps + 2):
         if step == 2:
@@ -112,11 +112,11 @@ def memory(device: str) -> str | None:
         return None
 
 
-def examine(model: GPT, data: TextDataModule, device: str, precision: str, trainer: Any) -> Iterator[str]:
+def examine(model: LanguageModel, data: TextDataModule, device: str, precision: str, trainer: Any) -> Iterator[str]:
     """The verdicts on one device, each a line; `trainer` has the settings of the run."""
     batches = TrainBatches(data.tokens("train"), data.block_size, data.batch_size, 1, data.seed, 0, 1)
     ids = torch.cat([batches[0].inputs[:, :1], batches[0].targets], 1)  # (B, T + 1)
-    here, ids_here = copy.deepcopy(model).to(device), ids.to(device)
+    here, ids_here = copy.deepcopy(model.net).to(device), ids.to(device)
     kind = PRECISIONS[precision]
 
     def precise() -> Any:
@@ -127,7 +127,7 @@ def examine(model: GPT, data: TextDataModule, device: str, precision: str, train
     says = "does not change" if causal else "CHANGES"
     yield f"{GOOD if causal else BAD}causality: a later token {says} earlier logits in {precision}"
     if device != "cpu":
-        reference = gradients(copy.deepcopy(model).eval(), ids)
+        reference = gradients(copy.deepcopy(model.net).eval(), ids)
         error = ((gradients(here, ids_here) - reference).norm() / reference.norm()).item()
         yield f"{GOOD if error < 1e-3 else BAD}gradients: {device} differs from the CPU by {error:.1e} of their norm"
     first, second = gradients(here, ids_here), gradients(here, ids_here)
@@ -138,7 +138,7 @@ def examine(model: GPT, data: TextDataModule, device: str, precision: str, train
     if device == "mps" and tokens > MOST_MPS_TOKENS:
         yield f"{BAD}micro-batch: {tokens} tokens; gradients go wrong above {MOST_MPS_TOKENS}: lower data.batch_size"
     here.train()
-    seconds = speed(here, ids_here, precise, steps=5)
+    seconds = speed(here, ids_here, precise, model.rule, steps=5)
     whole = seconds * trainer.max_steps * trainer.accumulate_grad_batches
     said = f"{whole / 60:.1f} min" if whole > 60 else f"{whole:.0f} s"
     yield f"{TOLD}speed: {tokens / seconds:,.0f} tokens/s"
@@ -175,7 +175,7 @@ class Doctor(MiniGPTCLI):
             print(f"\n{device}")
             harms = [f"{BAD}versions: {harm}" for harm in harmful_versions(installed, device, precision)]
             verdicts = harms or [f"{GOOD}versions: none that is known to do harm"]
-            for verdict in chain(verdicts, examine(model.net, self.datamodule, device, precision, trainer)):
+            for verdict in chain(verdicts, examine(model, self.datamodule, device, precision, trainer)):
                 print(f"  {verdict}", flush=True)
                 bad += verdict.startswith(BAD)
         print()

@@ -30,7 +30,7 @@ class LanguageModel(LightningModule, ABC):
 
     Args:
         net: The model.
-        lr: Peak learning rate.
+        lr: Peak learning rate; with muon, of all but Muon's matrices.
         weight_decay: On every parameter.
         schedule: cosine (after a warm-up), constant, or wsd (constant, then linearly down to 0).
         optimizer: adamw, or muon for the matrices in the blocks and adamw for the rest.
@@ -200,7 +200,7 @@ class ClassicLM(LanguageModel):
 
     Args:
         vocab_size: Follows the tokenizer.
-        lr: Peak learning rate.
+        lr: Peak learning rate; with muon, of all but Muon's matrices.
         dropout: On embeddings, attention probabilities and both branches of a block.
         weight_decay: On every parameter.
         n_layer: Blocks.
@@ -237,7 +237,7 @@ class LadderLM(LanguageModel):
 
     Args:
         vocab_size: Follows the tokenizer.
-        lr: Peak learning rate.
+        lr: Peak learning rate; with muon, of all but Muon's matrices.
         dropout: On embeddings, attention probabilities and both branches of a block.
         weight_decay: On every parameter.
         rung: The last part that is modern: each has those before it too.
@@ -279,7 +279,7 @@ class ModernLM(LanguageModel):
 
     Args:
         vocab_size: Follows the tokenizer.
-        lr: Peak learning rate.
+        lr: Peak learning rate; with muon, of all but Muon's matrices.
         dropout: On embeddings, attention probabilities and both branches of a block.
         weight_decay: On every parameter.
         n_layer: Blocks.

@@ -179,7 +179,7 @@ def index(report: Findings, pictures: Iterable[str]) -> str:
         f"# {name}\n",
         f"{report.study.content.get('about', '')}\n",
         f"Written by `python main.py report {Path('docs/results') / name}` from the files beside it; each run's own "
-        "command is below. `docs/study.md` says what the numbers mean.\n",
+        "command is below, and is meant at its commit. `docs/study.md` says what the numbers mean.\n",
         f"- machine: {distinct(lambda result: result.summary['machine'])}",
         f"- torch: {distinct(lambda result: result.summary['versions']['torch'])}",
         f"- text, by its SHA-256: {distinct(lambda result: result.summary['data_sha256'][:16])}",

@@ -84,3 +84,20 @@ def test_step_of_the_classic_model(report: Report, nanogpt: ModuleType | None, h
         gpt2 = hugging_face.GPT2LMHeadModel(config).train()
         rivals["transformers' GPT-2"] = stepper(gpt2, lambda m, x, y: nll(m(x).logits, y).mean(), 64, 128)
     report.add("training step, classic 4 x 128, 64 x 128 tokens, dropout 0.2", "s", interleaved(rivals, ROUNDS))
+
+
+def bf16_loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    """As under `--trainer.precision bf16-mixed`."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, _ = model(x)
+    return nll(logits, y).mean()
+
+
+def test_step_of_a_wide_model_in_bf16(report: Report) -> None:
+    """6 x 384 with windows of 256 and dropout, a quarter of `frontier/shakespeare`'s batch."""
+    wide = [ModernGPT(VOCAB, 256, 6, 6, 384, 0.3, 1e4, 1e-8, 2.6667, 0, 1, "softmax_all", seed=1) for _ in range(2)]
+    rivals = {
+        "bf16-mixed": stepper(wide[0], bf16_loss, 16, 256),
+        "fp32": stepper(wide[1], our_loss, 16, 256),
+    }
+    report.add("training step, modern 6 x 384, 16 x 256 tokens, dropout 0.3", "s", interleaved(rivals, ROUNDS))
