@@ -60,6 +60,11 @@ def main(args: list[str] | None = None) -> int:
         return 3 if is_first_process() else 0  # Lightning kills the first process where another one fails
     except BrokenPipeError:  # predict | head: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.filename is None:
+            raise
+        say(f"error: {error.filename}: {error.strerror}")
+        return 2
     return 0
 
 

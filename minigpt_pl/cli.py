@@ -233,7 +233,9 @@ class MiniGPTCLI(LightningCLI):
             kwargs |= self.training.trainer_settings()
         else:
             kwargs |= {"enable_checkpointing": False, "enable_progress_bar": False}
-            callbacks += [WriteText()] if self.command == "predict" else []
+        if self.command == "predict":
+            callbacks += [WriteText()]
+            kwargs |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # each would write the same text
         kwargs["plugins"] = [*(init.trainer.plugins or []), self.io]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 

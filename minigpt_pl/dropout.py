@@ -23,7 +23,7 @@ def scaled_mask(like: Tensor, p: float) -> Tensor:
     count = like.numel()
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
     stays = torch.empty_like(like)  # 0 or 1, without a pass over booleans
-    torch.ge(bits.view(torch.int16)[:count].view(like.shape), round(p * 2**16) - 2**15, out=stays)
+    torch.ge(bits.view(torch.int16)[:count].view(like.shape), min(round(p * 2**16), 2**16 - 1) - 2**15, out=stays)
     return stays.mul_(1 / (1 - p))
 
 

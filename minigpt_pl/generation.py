@@ -43,9 +43,9 @@ class Sampling:
             raise ValueError(f"sample.top_k is {self.top_k}: it must be 0, for all tokens, or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sample.top_p is {self.top_p}: it must be above 0 and at most 1")
-        for name in ("max_new_tokens", "num_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sample.{name} is {getattr(self, name)}: it must be at least 1")
+        for name, most in (("max_new_tokens", 10**7), ("num_samples", 10**4)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"sample.{name} is {getattr(self, name)}: it must be at least 1 and at most {most:,}")
         if self.seed < 0:
             raise ValueError(f"sample.seed is {self.seed}: it must be 0 or more")
 
@@ -60,7 +60,8 @@ def choose(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
     """The next token (S,) of each stream, from logits (S, V) and one uniform number each (S,)."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probs = (logits.float() / sampling.temperature).softmax(-1)
+    logits = logits.float()
+    probs = ((logits - logits.amax(-1, keepdim=True)) / sampling.temperature).softmax(-1)  # 0 / T is 0, however small T
     order = None
     if 0 < sampling.top_k < logits.size(-1) or sampling.top_p < 1:
         probs, order = probs.sort(dim=-1, descending=True, stable=True)

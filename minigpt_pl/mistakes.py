@@ -157,7 +157,7 @@ def refuse_impossible(settings: dict[str, Any], given: list[Given]) -> None:
             raise InputError(f"{name} is {plain[name]}: {remedy}")
 
     for name, setting in catalogue("fit").items():
-        absent = plain.get(name, "") is None and GROUPS.get(name.partition(".")[0])
+        absent = plain.get(name, "") is None and name.partition(".")[0] in GROUPS
         absent = absent and (setting.type is str or not takes(setting.type, None))  # the parser makes null of a text ~
         check(name, not absent, wanted(setting.type, name) or "")
     check("seed_everything", 0 <= plain["seed_everything"] < 2**32, "it must be at least 0 and below 2^32")
@@ -176,10 +176,26 @@ def refuse_impossible(settings: dict[str, Any], given: list[Given]) -> None:
     asked = plain["trainer.accelerator"] if isinstance(plain["trainer.accelerator"], str) else "auto"
     good = asked in (*here, "auto", "tpu") or asked == "gpu" and len(here) > 1
     check("trainer.accelerator", good, f"this machine has {' and '.join(here)}; auto takes the best")
+    precision = str(plain.get("trainer.precision") or "32-true")
+    half = precision.startswith("16") or precision == "transformer-engine-float16"
+    check(
+        "trainer.precision", not half, "fp16 is not supported: take 32-true or bf16-mixed"
+    )  # Muon takes in infinities
+    device = {"auto": here[-1], "gpu": here[-1]}.get(asked, asked)
+    leaks = leaks_the_future(torch.__version__, device, precision)
+    check(
+        "trainer.precision", not leaks, f"torch {torch.__version__} leaks the future then: take torch 2.13, or 32-true"
+    )
     most, devices = max(8, 2 * (os.cpu_count() or 1)), str(plain["trainer.devices"])
     good = devices in ("auto", "-1") or "," in devices or devices.isdigit() and 1 <= int(devices) <= most
     check("trainer.devices", good, f"give auto, or a number from 1 to {most}")
     check("data.num_workers", plain["data.num_workers"] <= most, f"it must be at most {most} on this machine")
+
+
+def leaks_the_future(torch_version: str, device: str, precision: str) -> bool:
+    """Whether causal attention sees later tokens: on MPS in less than fp32, before torch 2.13."""
+    version = tuple(int(part) for part in torch_version.split("+")[0].split(".")[:2])
+    return device == "mps" and precision != "32-true" and version < (2, 13)
 
 
 def refuse_too_large(settings: dict[str, Any], vocab_size: int) -> None:
@@ -218,6 +234,7 @@ def without_effect(given: list[Given], settings: dict[str, Any], command: str) -
         "data.max_eval_tokens": "data.eval_mode is sampled" if plain["data.eval_mode"] == "sampled" else "",
         "sample.top_": "sample.temperature is 0" if plain.get("sample.temperature") == 0 else "",
         "data.": "predict reads no text" if command == "predict" else "",
+        "trainer.devices": "predict takes one device" if command == "predict" else "",
     }
     if command != "fit":
         training = ("lr", "muon_lr", "dropout", "weight_decay", "schedule", "moe_aux_loss_coef")

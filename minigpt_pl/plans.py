@@ -87,7 +87,7 @@ def read_study(path: Path) -> Study:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         refuse(f"it cannot be read as YAML ({getattr(error, 'problem', None) or error})")
-    if not isinstance(content, dict) or not isinstance(content.get("runs"), dict):
+    if not isinstance(content, dict) or not isinstance(content.get("runs"), dict) or not content["runs"]:
         refuse("it needs runs: a name and the options of fit for each, such as  wide: -c moe --model.n_embd 256")
     if unknown := content.keys() - {"about", "common", "seeds", "runs", "comparisons"}:
         refuse(f"{', '.join(sorted(map(str, unknown)))}: it may hold about, common, seeds, runs and comparisons")
@@ -101,10 +101,17 @@ def read_study(path: Path) -> Study:
             refuse(f"runs: {name} is no name: give letters, digits, - and _")
         if not isinstance(line, dict) or line.keys() - {"fit", "first_seed"}:
             refuse(f"runs: {name}: give the options of fit, or fit: and first_seed:")
-        words = shlex.split(f"{content.get('common') or ''} {line.get('fit') or ''}")
-        configurations[name] = Configuration(words, line.get("first_seed", FIRST_SEED))
-    comparisons = []
-    for said in content.get("comparisons") or []:
+        first, options = line.get("first_seed", FIRST_SEED), f"{content.get('common') or ''} {line.get('fit') or ''}"
+        if not isinstance(first, int) or not 0 <= first < 2**31:
+            refuse(f"runs: {name}: first_seed is {first}: it must be a number from 0 on, below 2^31")
+        try:
+            configurations[name] = Configuration(shlex.split(options), first)
+        except ValueError as error:
+            refuse(f"runs: {name}: {options.strip()} cannot be cut into words ({error})")
+    comparisons, named = [], content.get("comparisons") or []
+    if not isinstance(named, list):
+        refuse(f"comparisons is {named}: it must be a list, such as  - wide - narrow")
+    for said in named:
         pair = tuple(str(said).split(" - "))
         if len(pair) != 2 or not set(pair) <= configurations.keys():
             refuse(f"comparisons: {said}: write the names of two runs, such as {' - '.join(list(configurations)[:2])}")

@@ -3,6 +3,7 @@
 How tokens are chosen is in `generation`.
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import Any, final
@@ -42,16 +43,16 @@ class SampleText(Callback):
         due = trainer.global_step // trainer.datamodule.eval_every % self.every_n_checks == 0
         if trainer.is_global_zero and (due or trainer.global_step >= trainer.max_steps):
             text = sample_text(trainer, pl_module, self.prompt, self.sampling)
-            with self._path(trainer).open("a", encoding="utf-8") as file:
+            with self._path(trainer).open("a", encoding="utf-8", newline="") as file:
                 file.write(f"{HEADING}{trainer.global_step}\n{text}\n")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = self._path(trainer)
         if trainer.is_global_zero and path.exists():  # what a stopped run wrote after its checkpoint is written again
             kept, keep, last = [], True, trainer.global_step - is_off_grid(trainer)
-            for line in path.read_text("utf-8").splitlines(keepends=True):
-                if line.startswith(HEADING):
-                    keep = int(line.removeprefix(HEADING)) <= last
+            for line in re.findall(r"[^\n]*\n|[^\n]+", path.read_bytes().decode()):  # a text may hold other line ends
+                if heading := re.fullmatch(rf"{HEADING}(\d+)\n", line):
+                    keep = int(heading[1]) <= last
                 kept += [line] if keep else []
             write_atomically(path, "".join(kept).encode())
 

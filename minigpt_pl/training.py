@@ -28,6 +28,12 @@ IN_EACH_STEP = (
 )  # fmt: skip
 
 
+def measure(data: dict[str, Any], text_sha256: str) -> tuple[Any, ...]:
+    """What val/loss is of: under another one figures do not compare."""
+    mode = data["eval_mode"]
+    return text_sha256, mode, data["eval_iters" if mode == "sampled" else "max_eval_tokens"]
+
+
 def without_idle_hooks(callback: Callback) -> Callback:
     """The callback, with None for each hook of a step that it leaves empty: Lightning calls and times even those."""
     for hook in IN_EACH_STEP:
@@ -58,6 +64,7 @@ class Training:
         init: Any,
     ):
         self.run_dir, self.goes_on, self.saved, self.settings, self.init = run_dir, goes_on, saved, settings, init
+        self.start = start
         self.wandb_id = saved["wandb_id"] if goes_on else new_run_id()
         branches = bool(saved) and not goes_on
         self.summary = RunSummary(
@@ -90,7 +97,14 @@ class Training:
         }
 
     def run(self, trainer: Any, model: LanguageModel, data: TextDataModule, io: AtomicCheckpointIO) -> None:
-        """Trains; nothing is written before."""
+        """Trains; nothing is written before.
+
+        Raises:
+            InputError: If a branch has nothing left to train, or a file cannot be written.
+        """
+        if self.saved and not self.goes_on and self.saved["global_step"] >= trainer.max_steps:
+            done = f"{self.start} has done trainer.max_steps {trainer.max_steps} already"
+            raise InputError(f"--ckpt_path {done}: give --trainer.max_steps MORE")
 
         def end_other_processes() -> None:  # that train on other devices: they would wait for this one for ever
             if (launcher := trainer.strategy.launcher) is not None:
@@ -104,7 +118,7 @@ class Training:
             try:
                 step = self.saved["global_step"] if self.goes_on else 0
                 if self.saved:
-                    io.prepared = self.as_resumed(trainer)
+                    io.prepared = self.as_resumed(trainer, data)
                 grown = step < trainer.max_steps and self.goes_on and self.saved["callbacks"]["RunSummary"]["off_grid"]
                 trainer.loggers = [MetricsCSV(self.run_dir / "metrics.csv", step, drop_check=bool(grown)), *others]
                 if said := data.thinned("val"):
@@ -118,7 +132,7 @@ class Training:
                     raise InputError(f"{place} could not be written ({error.strerror}): {SAVED_BEFORE}") from error
                 raise
 
-    def as_resumed(self, trainer: Any) -> dict[str, Any]:
+    def as_resumed(self, trainer: Any, data: TextDataModule) -> dict[str, Any]:
         """The checkpoint as Lightning is to restore it."""
         steps = self.saved["global_step"]
         checked = steps % self.init.data.eval_every == 0
@@ -126,5 +140,11 @@ class Training:
         if not self.goes_on:  # a branch counts its own checks; what it has learned from is its parent's
             kept = {TrainFigures().state_key}
         callbacks = {key: state for key, state in self.saved["callbacks"].items() if key in kept}
+        before = self.saved["settings"]["data"], self.saved["TextDataModule"]["text_sha256"]
+        if self.goes_on and measure(*before) != measure(self.settings["data"], data.text_info.sha256):
+            say("checks measure something else than before: best.ckpt and patience begin anew")
+            for name in ("BestCheckpoint", "StopEarly"):
+                callbacks.pop(name, None)
+            callbacks["RunSummary"] = callbacks["RunSummary"] | {"best": dict.fromkeys(callbacks["RunSummary"]["best"])}
         loops = progress(steps, steps * trainer.accumulate_grad_batches, checked)
         return self.saved | {"loops": loops, "callbacks": callbacks}

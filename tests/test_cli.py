@@ -241,6 +241,13 @@ def test_predict_writes_the_prompt_its_continuation_and_a_newline(predict: Calla
     assert predict("--sample.prompt=-", "--sample.seed", 2).out != done.out
 
 
+def test_predict_takes_one_device_whatever_is_said(predict: Callable[..., Outcome]) -> None:
+    alone = predict("--sample.prompt", "the")
+    several = predict("--sample.prompt", "the", "--trainer.accelerator", "cpu", "--trainer.devices", 2)
+    assert (several.status, several.out) == (0, alone.out)
+    assert "--trainer.devices 2 has no effect: predict takes one device" in several.err
+
+
 def test_an_empty_prompt_is_a_newline(predict: Callable[..., Outcome]) -> None:
     assert predict().out == predict("--sample.prompt", "").out == predict("--sample.prompt", "\n").out
     assert predict().out[0] == "\n"

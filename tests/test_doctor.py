@@ -4,7 +4,9 @@ import re
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from minigpt_pl import attention
 from minigpt_pl.doctor import harmful_versions, is_causal
 from minigpt_pl.models import ClassicGPT
 
@@ -22,6 +24,15 @@ def test_a_leak_is_found(kind, causal):
     model = kind(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=8, dropout=0.0, seed=1).eval()
     ids = torch.arange(16).view(2, 8) % 7
     assert is_causal(model, ids, torch.no_grad) is causal
+
+
+def test_a_leak_is_found_in_a_model_whose_outputs_begin_at_0(minigpt, monkeypatch, tmp_path):
+    """The default model's logits are all 0 then, whatever its attention sees."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, dropout: F.scaled_dot_product_attention(q, k, v))
+    outcome = minigpt("doctor", "-c", "smoke")
+    assert outcome.status == 2
+    assert "BAD causality: a later token CHANGES earlier logits" in outcome.out
 
 
 def test_harmful_versions():

@@ -15,7 +15,7 @@ from tiny_models import KINDS, VOCAB, build, lively, some_ids
 from torch import Tensor
 
 from minigpt_pl import generation
-from minigpt_pl.generation import Sampling, generate
+from minigpt_pl.generation import Sampling, choose, generate
 from minigpt_pl.models import GPT
 
 PROMPT = [1, 3, 0, 4, 2]
@@ -181,6 +181,11 @@ def test_tokens_come_as_often_as_softmax_says(temperature: float) -> None:
         assert chi_square(np.bincount((first * 5 + second).flatten(), minlength=25), pairs) < 5
 
 
+def test_the_smallest_temperature_takes_the_likeliest() -> None:
+    logits = torch.tensor([[1.0, 90.0, -3.0], [80.0, 2.0, 79.0]])
+    assert choose(logits, torch.tensor([0.999, 0.999]), Sampling(temperature=1e-38)).tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_takes_the_likeliest_and_so_does_a_choice_of_one(kind: str) -> None:
     model = lively(kind)
@@ -237,6 +242,8 @@ def test_only_the_likeliest_are_left_and_keep_their_proportions(restriction: dic
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"top_p": math.nan}, "top_p is nan"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 10**8}, "max_new_tokens is 100000000"),
+        ({"num_samples": 10**5}, "num_samples is 100000"),
         ({"num_samples": 0}, "num_samples is 0"),
         ({"seed": -1}, "seed is -1"),
     ],

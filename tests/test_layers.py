@@ -45,6 +45,10 @@ def test_dropout_zeroes_its_share_and_scales_the_rest(p: float) -> None:
     assert abs(kept.float().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / count)
 
 
+def test_dropout_of_nearly_all_keeps_next_to_nothing() -> None:
+    assert (Dropout(1 - 2**-18)(torch.ones(100_000)) != 0).float().mean() < 0.001
+
+
 @both_ways
 @pytest.mark.parametrize("p", [0.2, 0.5])
 def test_dropout_masks_are_independent(p: float) -> None:

@@ -177,3 +177,28 @@ def test_another_text_under_the_same_path_is_noticed(
     assert summary(tmp_path / "run")["data_sha256"] != before
     text_file.write_text(text_file.read_text("utf-8").replace("tou", "out"), "utf-8")
     assert go_on("run").status == 2  # it was agreed to once
+
+
+OTHERWISE = ("--data.eval_mode", "sampled", "--data.eval_iters", 1)
+
+
+@pytest.mark.parametrize("changes", [(), OTHERWISE], ids=["same checks", "other checks"])
+def test_the_best_is_not_compared_with_checks_of_another_kind(
+    fit: Call, go_on: Call, tmp_path: Path, changes: tuple[Any, ...]
+) -> None:
+    assert fit("run", "--trainer.max_steps", 10).status == 0
+    rates = ("--model.lr", 5, "--model.muon_lr", 5, "--trainer.gradient_clip_val", "null")  # all later checks are worse
+    done = go_on("run", "--trainer.max_steps", 20, *rates, *changes)
+    assert done.status == 0, done.err
+    assert ("best.ckpt and patience begin anew" in done.err) is bool(changes)
+    best = summary(tmp_path / "run")["best_step"]
+    assert (best > 10) is bool(changes)
+    assert torch.load(tmp_path / "run" / "best.ckpt", weights_only=True)["global_step"] == best
+
+
+def test_a_line_of_a_sample_that_looks_like_a_heading_is_none(go_on: Call, stopped: Any, tmp_path: Path) -> None:
+    stopped("run", "--samples.every_n_checks", 1, "--samples.max_new_tokens", 5)
+    samples = tmp_path / "run" / "samples.txt"
+    samples.write_text(samples.read_text("utf-8") + "=== step of the dance\n", "utf-8")
+    assert go_on("run").status == 0
+    assert "=== step of the dance\n=== step " in samples.read_text("utf-8")

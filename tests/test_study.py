@@ -69,7 +69,12 @@ def test_seeds_go_round_and_named_comparisons_get_more(place: Path) -> None:
     ("content", "said"),
     [
         ({}, "it needs runs"),
+        ({"runs": {}}, "it needs runs"),
         ({"runs": {"a": ""}, "compare": []}, "compare: it may hold"),
+        ({"runs": {"a": {"fit": "", "first_seed": "x"}}}, "runs: a: first_seed is x: it must be a number"),
+        ({"runs": {"a": {"fit": "", "first_seed": -1}}}, "runs: a: first_seed is -1: it must be a number"),
+        ({"runs": {"a": "--data.path it's.txt"}}, "--data.path it's.txt cannot be cut into words"),
+        ({"runs": {"a": "", "b": ""}, "comparisons": 5}, "comparisons is 5: it must be a list"),
         ({"runs": {"a b": ""}}, "runs: a b is no name"),
         ({"runs": {"a": ["x"]}}, "runs: a: give the options of fit"),
         ({"runs": {"a": "", "b": ""}, "comparisons": ["a against b"]}, "such as a - b"),
@@ -84,6 +89,15 @@ def test_a_file_that_is_no_study_is_refused(place: Path, minigpt: MiniGPT, conte
     assert said in done.err
     assert done.err.count("\n") == 1
     assert not Path("docs").exists()
+
+
+@pytest.mark.parametrize("option", ["--out", "--run_dir"])
+def test_a_place_that_cannot_be_one_is_told_in_a_line(place: Path, minigpt: MiniGPT, option: str) -> None:
+    Path("file").write_text("here")
+    done = minigpt("study", write(runs={"a": ""}), option, "file", "--seeds", 1)
+    assert done.status == 2
+    assert done.err.splitlines()[-1].startswith("error: file")
+    assert Path("file").read_text() == "here"
 
 
 @pytest.mark.parametrize(
