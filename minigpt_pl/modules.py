@@ -32,7 +32,7 @@ class LanguageModel(LightningModule, ABC):
         net: The model.
         lr: Peak learning rate; with muon, of all but Muon's matrices.
         weight_decay: On every parameter.
-        schedule: cosine (after a warm-up), constant, or wsd (constant, then linearly down to 0).
+        schedule: cosine, after a warm-up, or constant.
         optimizer: adamw, or muon for the matrices in the blocks and adamw for the rest.
         muon_lr: Peak learning rate of Muon's matrices.
         compile: Compile the model with torch.compile.
@@ -207,7 +207,7 @@ class ClassicLM(LanguageModel):
         n_head: Attention heads; must divide n_embd.
         n_embd: Width.
         block_size: Tokens of context.
-        schedule: cosine (after a warm-up), constant, or wsd (constant, then linearly down to 0).
+        schedule: cosine, after a warm-up, or constant.
         optimizer: adamw, or muon for the matrices in the blocks and adamw for the rest.
         muon_lr: Peak learning rate of Muon's matrices.
         compile: Compile the model with torch.compile.
@@ -245,7 +245,7 @@ class LadderLM(LanguageModel):
         n_head: Attention heads; must divide n_embd.
         n_embd: Width.
         block_size: Tokens of context.
-        schedule: cosine (after a warm-up), constant, or wsd (constant, then linearly down to 0).
+        schedule: cosine, after a warm-up, or constant.
         optimizer: adamw, or muon for the matrices in the blocks and adamw for the rest.
         muon_lr: Peak learning rate of Muon's matrices.
         compile: Compile the model with torch.compile.
@@ -296,7 +296,7 @@ class ModernLM(LanguageModel):
         tied_head: Use the embedding as the head.
         zero_init: Begin each branch of a block, and an untied head, at 0.
         conv_width: Positions that a short convolution before each branch adds up; 0 for none.
-        schedule: cosine (after a warm-up), constant, or wsd (constant, then linearly down to 0).
+        schedule: cosine, after a warm-up, or constant.
         optimizer: adamw, or muon for the matrices in the blocks and adamw for the rest.
         muon_lr: Peak learning rate of Muon's matrices.
         compile: Compile the model with torch.compile.

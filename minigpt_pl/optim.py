@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 Rule = Literal["adamw", "muon"]
-Schedule = Literal["cosine", "constant", "wsd"]
+Schedule = Literal["cosine", "constant"]
 
 
 def build_optimizer(model: nn.Module, lr: float, weight_decay: float, rule: Rule = "adamw") -> torch.optim.Optimizer:
@@ -132,12 +132,9 @@ def lr_factor(schedule: Schedule, step: int, max_steps: int) -> float:
     """What the peak learning rate is multiplied by in the update that follows `step` completed ones.
 
     cosine: linear warm-up over max(50, max_steps // 20) updates, then half a cosine down to a tenth at max_steps.
-    wsd: no warm-up, constant, then linearly down to 0 over the last 60 % of max_steps.
     """
     if schedule == "constant":
         return 1.0
-    if schedule == "wsd":
-        return min(1.0, max(0, max_steps - step) / (0.6 * max_steps))
     warmup = max(50, max_steps // 20)
     if step < warmup:
         return (step + 1) / warmup

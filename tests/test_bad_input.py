@@ -56,7 +56,7 @@ CASES = {
         (f"{FIT} --model.compile perhaps", "--model.compile perhaps: it must be true or false"),
         (f"{FIT} --data.tokenizer word", "--data.tokenizer word: it must be char or bpe"),
         (f"{FIT} --data.eval_mode ful", "--data.eval_mode ful: it must be full or sampled"),
-        (f"{FIT} --model.schedule linear", "--model.schedule linear: it must be cosine or constant or wsd"),
+        (f"{FIT} --model.schedule linear", "--model.schedule linear: it must be cosine or constant"),
         (f"{FIT} --sample.top_k 3", "--sample.top_k 3: only predict has it: leave it out"),
         (f"{VALIDATE} --trainer.max_steps 5", "--trainer.max_steps 5: only fit has it: leave it out"),
         (f"{FIT} --data.block_size 8", "--data.block_size 8: it is the model's: set --model.block_size"),

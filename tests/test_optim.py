@@ -183,11 +183,5 @@ def test_cosine_never_rises_after_its_warm_up() -> None:
     assert all(math.isclose(a - b, 0, abs_tol=0.02 + 1e-9) for a, b in zip(factors, factors[1:], strict=False))
 
 
-def test_wsd_is_constant_and_then_falls_to_0_in_a_line() -> None:
-    factors = {0: 1, 1: 1, 40: 1, 41: 59 / 60, 55: 0.75, 70: 0.5, 99: 1 / 60, 100: 0, 101: 0}
-    assert {step: lr_factor("wsd", step, 100) for step in factors} == pytest.approx(factors)
-    assert [lr_factor("wsd", step, 5) for step in range(5)] == pytest.approx([1, 1, 1, 2 / 3, 1 / 3])
-
-
 def test_constant_has_no_warm_up_and_no_end() -> None:
     assert [lr_factor("constant", step, 100) for step in (0, 1, 50, 99, 100)] == [1, 1, 1, 1, 1]

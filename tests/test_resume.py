@@ -19,7 +19,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "modern": (),
     "moe": ("-c", "moe"),
     "bpe": ("-c", "bpe", "--data.bpe_vocab_size", 80),
-    "muon": ("-c", "moe", "--model.optimizer", "muon", "--model.schedule", "wsd", "--model.conv_width", 3),
+    "muon": ("-c", "moe", "--model.optimizer", "muon", "--model.conv_width", 3),
 }
 
 
