@@ -35,7 +35,7 @@ def reduced(words: list[str]) -> list[str]:
     if words[0] != "fit" or "--help" in words:
         return [*words, *SMALL.get(words[0], ())]
     if "--ckpt_path" in words:  # goes on where another one ends
-        return [*words, *SMALL_FIT, "6"]
+        return [*words, *SMALL_FIT, "8" if "runs/branch" in words else "6"]  # a branch goes beyond its parent
     text = () if "runs/first" in words else ("--data.path", "my.txt")
     return [*words, *SMALL_FIT, "4", *text]
 

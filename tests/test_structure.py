@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "pictures": "findings results",
     "report": "findings pictures plans results statistics text",
     "study": "checkpoint findings floors helptext loggers plans report results text",
-    "doctor": "cli data floors helptext models modules optim summary windows",
+    "doctor": "cli data floors helptext mistakes models modules optim summary windows",
     "__main__": "cli doctor export floors report study",  # by their names, when a command needs them
     "__init__": "api",
 }
