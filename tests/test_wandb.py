@@ -50,7 +50,7 @@ class Written:
 
 
 def records(path: Path) -> Iterator[bytes]:
-    """The records of a .wandb file: a header, then LevelDB log blocks, which may cut a record in pieces."""
+    """The whole records of a .wandb file: a header, then LevelDB log blocks, which may cut a record in pieces."""
     content, at, whole = path.read_bytes(), 7, b""
     assert content[:4] == b":W&B"
     while at + 7 <= len(content):
@@ -59,7 +59,7 @@ def records(path: Path) -> Iterator[bytes]:
             at += room
             continue
         length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
-        if kind == 0:
+        if kind == 0 or at + 7 + length > len(content):  # not written yet, or not to its end
             break
         whole += content[at + 7 : at + 7 + length]
         at += 7 + length
