@@ -61,8 +61,8 @@ class Group:
 
     @property
     def minutes(self) -> float:
-        """By the clock, the median over seeds: other programs may have held one of them."""
-        return float(np.median([found["wall_seconds"] for found in self.summaries])) / 60
+        """Of training, the median over seeds: other programs may have slowed one of them."""
+        return float(np.median([result.minutes for result in self.results]))
 
     @property
     def characters(self) -> float:

@@ -158,7 +158,7 @@ def runs_table(report: Findings) -> Iterator[str]:
         yield f"{found['best_step']}"
         yield f"{found['total_steps']}"
         yield found["stop_reason"]
-        yield f"{found['wall_seconds'] / 60:.2f}"
+        yield f"{result.minutes:.2f}"
         commit, _, dirty = (found["git_commit"] or "").partition("-")
         yield f"{commit[:8]}{dirty and ' and changes'}"
         yield f"`{found['command']}`"
@@ -190,7 +190,7 @@ def index(report: Findings, pictures: Iterable[str]) -> str:
         "Nats per character of the whole validation part at the best check, which was chosen on that part, mean over "
         "seeds; `sampled`: the SD that a check would have had by the run's `eval_iters` random batches in place of the "
         "whole part; parameters, and what a seed took until it stopped (characters: tokens by their mean length; "
-        "minutes: by the clock, the median, on a machine that had other things to do too); the step of the best check. "
+        "minutes: of training at a run's median speed, checks aside, the median over seeds); the step of the best check. "
         f"With fewer than {SEEDS_OF_A_SPREAD} seeds a spread cannot be told.\n",
         *results_table(report),
     ]

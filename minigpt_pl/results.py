@@ -227,6 +227,14 @@ class Result:
         return float(self.scores.lengths.mean())
 
     @property
+    def minutes(self) -> float:
+        """Of training at the run's median speed, so without checks and pauses; by the clock where no speed is known."""
+        speeds = self.figures("train").get("perf/tokens_per_s", np.empty(0))
+        if not (known := speeds[~np.isnan(speeds)]).size:
+            return float(self.summary["wall_seconds"]) / 60
+        return float(self.summary["tokens_seen"] / np.median(known)) / 60
+
+    @property
     def sample(self) -> str:
         return (self.folder / SAMPLE).read_text("utf-8").removesuffix("\n")
 
