@@ -190,8 +190,8 @@ def index(report: Findings, pictures: Iterable[str]) -> str:
         "Nats per character of the whole validation part at the best check, which was chosen on that part, mean over "
         "seeds; `sampled`: the SD that a check would have had by the run's `eval_iters` random batches in place of the "
         "whole part; parameters, and what a seed took until it stopped (characters: tokens by their mean length; "
-        "minutes: of training at a run's median speed, checks aside, the median over seeds); the step of the best check. "
-        f"With fewer than {SEEDS_OF_A_SPREAD} seeds a spread cannot be told.\n",
+        "minutes: of training at a run's median speed, checks aside, the median over seeds); the step of the best "
+        f"check. With fewer than {SEEDS_OF_A_SPREAD} seeds a spread cannot be told.\n",
         *results_table(report),
     ]
     if report.floors:
