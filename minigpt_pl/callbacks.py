@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from minigpt_pl.errors import Diverged
 from minigpt_pl.randomness import key
@@ -90,10 +90,6 @@ class TrainFigures(Callback):
         self._steps_here = 0
         self._since_log = [0, 0]  # micro-batches, steps
         self._sums: list[list[float]] = []  # each process's, of a checkpoint
-
-    @property
-    def state_key(self) -> str:
-        return type(self).__name__
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -192,10 +188,15 @@ def log(trainer: Trainer, figures: dict[str, float]) -> None:
 
 
 class Bar(TQDMProgressBar):
-    """Lightning's bar with loss, best and speed on a terminal, and one line a check anywhere."""
+    """Lightning's bar with loss, best and speed on a terminal, and one line a check anywhere.
 
-    def __init__(self) -> None:
+    Args:
+        best: Keeps the best checkpoint.
+    """
+
+    def __init__(self, best: ModelCheckpoint) -> None:
         super().__init__(refresh_rate=20 if sys.stdout.isatty() else 0)
+        self.best = best
         if not self.is_enabled:
             self.on_train_batch_end = None  # type: ignore[assignment, method-assign]  # as `without_idle_hooks` does
 
@@ -203,7 +204,7 @@ class Bar(TQDMProgressBar):
         shown, figures = {}, find(trainer, TrainFigures).latest
         if figures:
             shown = {"loss": f"{figures['train/loss']:.4f}", "tok/s": f"{figures.get('perf/tokens_per_s', 0):,.0f}"}
-        best = trainer.checkpoint_callback.best_model_score
+        best = self.best.best_model_score
         return shown | ({"best": f"{best:.4f}"} if best is not None else {})
 
     def init_validation_tqdm(self) -> Any:

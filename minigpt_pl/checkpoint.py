@@ -1,6 +1,6 @@
 """Checkpoint files: written whole or not at all, found, vetted and read without executing anything in them.
 
-What goes into a checkpoint is said by Lightning, `callbacks` and `data`; when one is written, by `callbacks`.
+What goes into a checkpoint is said by Lightning, `callbacks` and `data`; when one is written, by `saving`.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import TEMPORARY
 
 try:
     import fcntl
@@ -23,7 +24,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 BEST, LAST = "best.ckpt", "last.ckpt"
-TEMPORARY = ".writing"
 SAVED_BEFORE = "what was saved before is whole; make room, then go on from it"
 NEEDED = {  # of a checkpoint
     "state_dict", "optimizer_states", "callbacks", "loops", "global_step", "digest", "settings", "vocab_size",
@@ -195,12 +195,6 @@ def reason(error: Exception) -> str:
     if found := re.search(r"Unsupported (?:global|class|operand)[^.]*?: ?(?:GLOBAL )?([\w.]+)", text):
         return f"it names {found[1]}"
     return f"{type(error).__name__}: {text[:80]}"
-
-
-def clean_leftovers(folder: Path) -> None:
-    """Removes what a writer that died has left half-written."""
-    for leftover in folder.glob(f"*{TEMPORARY}"):
-        leftover.unlink()
 
 
 def progress(steps: int, batches: int, checked: bool) -> dict[str, Any]:

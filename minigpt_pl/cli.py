@@ -205,7 +205,7 @@ class MiniGPTCLI(LightningCLI):
         if self.saved:
             data.load_state_dict({**self.saved["TextDataModule"], "step": self.saved["global_step"]})
             remembered = self.saved["TextDataModule"]["text_path"]
-            if data.path == self.saved["settings"]["data"]["path"] and Path(remembered).is_file():
+            if not any(one.name == "data.path" for one in self.given) and Path(remembered).is_file():
                 data.path = remembered  # a relative path meant another directory
         if self.fits:
             mistakes.refuse_too_large(self.settings, data.vocab_size)

@@ -4,7 +4,6 @@ Weights are renamed and cut apart, never changed: what no layout can express is 
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -216,7 +215,7 @@ A {params:,}-parameter {family} model, trained from scratch on one text file wit
 
 - tokens: {kind}, {vocab} in the vocabulary; context: {block} tokens
 - text: sha256 `{text}`
-- validation loss on its own text: {best}
+- validation loss on its own text: {loss}
 """
 
 
@@ -227,6 +226,7 @@ def export(checkpoint: Path, out: Path) -> list[Path]:
         InputError: If the checkpoint cannot be read or expressed, or the folder holds something already.
     """
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise InputError("export needs safetensors: pip install safetensors") from None
@@ -252,15 +252,17 @@ def export(checkpoint: Path, out: Path) -> list[Path]:
         for name, content in texts.items():
             (out / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         library_tokenizer(tokenizer).save(str(out / "tokenizer.json"))
-        best = saved["callbacks"].get("RunSummary", {}).get("best", {}).get("best_val")
+        best = saved["callbacks"].get("RunSummary", {}).get("best", {})
+        loss = best.get("best_val") if best.get("best_step") == saved["global_step"] else None  # else of other weights
         card = CARD.format(
             name=checkpoint.resolve().parent.name, params=model.params_total(), family=config["architectures"][0],
             step=saved["global_step"], kind=tokenizer.kind, vocab=len(tokenizer.vocabulary), block=model.block_size,
-            text=saved["TextDataModule"]["text_sha256"], best="none" if best is None else f"{best:.4f} nats/token",
+            text=saved["TextDataModule"]["text_sha256"], loss="not known" if loss is None else f"{loss:.4f} nats/token",
         )  # fmt: skip
         (out / "README.md").write_text(card, "utf-8")
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be written ({os.strerror(error.errno or 0)}): choose another") from None
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"--out {out} cannot be written ({why}): choose another") from None
     return sorted(out.iterdir())
 
 

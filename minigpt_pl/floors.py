@@ -62,8 +62,7 @@ def floors(path: str, train_frac: float = 0.9, test_frac: float = 0.0) -> dict[s
     data = TextDataModule(path, 1, 1, 1, train_frac=train_frac, test_frac=test_frac)
     decode = data.tokenizer.decode
     train, scored = (data.tokens(part) for part in ("train", "val"))
-    train = train[np.arange(max(0, len(train) - MOST_CHARACTERS), len(train))].astype(np.int64)
-    scored = scored[np.arange(len(scored))].astype(np.int64)
+    train, scored = train[-MOST_CHARACTERS:].astype(np.int64), scored.astype(np.int64)
     train_bytes, scored_bytes = (decode(ids.tolist()).encode() for ids in (train, scored))
     bytes_per_char = data.tokenizer.sizes[scored[1:], 1].mean()
     result = {}

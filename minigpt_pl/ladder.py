@@ -1,7 +1,8 @@
 """The steps from ClassicGPT to ModernGPT: subclasses that replace one part each of what the step below has built.
 
-The first is ClassicGPT, the last ModernGPT without experts, both to the bit. What comes above, in regularisation,
-context and experts, are settings of ModernGPT: `configs/studies/ladder.yaml`.
+The first is ClassicGPT; the last is ModernGPT with a tied head, without experts, convolutions and branches that begin
+at 0; both to the bit. What comes above, in regularisation, context and experts, are settings of ModernGPT:
+`configs/studies/ladder.yaml`.
 """
 
 from typing import Any, Literal

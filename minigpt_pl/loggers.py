@@ -21,8 +21,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from minigpt_pl.checkpoint import BEST, TEMPORARY
+from minigpt_pl.checkpoint import BEST
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import TEMPORARY
 from minigpt_pl.floors import LONGEST_FOR_FLOORS, floors
 from minigpt_pl.summary import SUMMARY, git_commit
 

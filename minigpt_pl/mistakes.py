@@ -176,7 +176,7 @@ def refuse_impossible(settings: dict[str, Any], given: list[Given]) -> None:
     asked = plain["trainer.accelerator"] if isinstance(plain["trainer.accelerator"], str) else "auto"
     good = asked in (*here, "auto", "tpu") or asked == "gpu" and len(here) > 1
     check("trainer.accelerator", good, f"this machine has {' and '.join(here)}; auto takes the best")
-    precision = str(plain.get("trainer.precision") or "32-true")
+    precision = spelt_out(plain.get("trainer.precision"))
     half = precision.startswith("16") or precision == "transformer-engine-float16"
     check(
         "trainer.precision", not half, "fp16 is not supported: take 32-true or bf16-mixed"
@@ -187,9 +187,15 @@ def refuse_impossible(settings: dict[str, Any], given: list[Given]) -> None:
         "trainer.precision", not leaks, f"torch {torch.__version__} leaks the future then: take torch 2.13, or 32-true"
     )
     most, devices = max(8, 2 * (os.cpu_count() or 1)), str(plain["trainer.devices"])
-    good = devices in ("auto", "-1") or "," in devices or devices.isdigit() and 1 <= int(devices) <= most
+    listed = devices.startswith("[") or "," in devices
+    good = listed or devices in ("auto", "-1") or devices.isdigit() and 1 <= int(devices) <= most
     check("trainer.devices", good, f"give auto, or a number from 1 to {most}")
     check("data.num_workers", plain["data.num_workers"] <= most, f"it must be at most {most} on this machine")
+
+
+def spelt_out(precision: Any) -> str:
+    """A precision under the one name that Lightning means by several."""
+    return {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed"}.get(str(precision), str(precision))
 
 
 def leaks_the_future(torch_version: str, device: str, precision: str) -> bool:
@@ -233,7 +239,9 @@ def without_effect(given: list[Given], settings: dict[str, Any], command: str) -
         "data.eval_iters": "data.eval_mode is full" if plain["data.eval_mode"] == "full" else "",
         "data.max_eval_tokens": "data.eval_mode is sampled" if plain["data.eval_mode"] == "sampled" else "",
         "sample.top_": "sample.temperature is 0" if plain.get("sample.temperature") == 0 else "",
+        "data.bpe_": "data.tokenizer is char" if plain["data.tokenizer"] == "char" else "",
         "data.": "predict reads no text" if command == "predict" else "",
+        "trainer.precision": "predict computes in fp32" if command == "predict" else "",
         "trainer.devices": "predict takes one device" if command == "predict" else "",
     }
     if command != "fit":

@@ -197,14 +197,16 @@ class ModernGPT(GPT):
         moe_top_k: int,
         moe_gate: Gate,
         seed: int,
-        tied_head: bool = True,
-        zero_init: bool = False,
-        conv_width: int = 0,
+        tied_head: bool,
+        zero_init: bool,
+        conv_width: int,
     ):
         super().__init__()
         check_sizes(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, rope_theta=rope_theta)
         hidden = int(ffn_mult * n_embd)
-        check_sizes(rms_norm_eps=rms_norm_eps, ffn_mult=hidden)
+        check_sizes(rms_norm_eps=rms_norm_eps, ffn_mult=ffn_mult)
+        if hidden < 1:
+            raise ValueError(f"ffn_mult is {ffn_mult}: it must give n_embd, {n_embd}, a hidden width of at least 1")
         if n_experts < 0:
             raise ValueError(f"n_experts is {n_experts}: it must be 0, for a dense model, or more")
         if conv_width < 0:

@@ -1,6 +1,6 @@
 """The GPTs as Lightning modules: loss, checks, update, and which settings may change under a checkpoint.
 
-What a model computes is in `models`; what happens beside the loop (logging, saving, stopping) in `callbacks`.
+What a model computes is in `models`; what happens beside the loop in `callbacks`, `saving`, `stopping` and `loggers`.
 """
 
 import math
@@ -370,13 +370,19 @@ def from_checkpoint(
     Args:
         saved: The checkpoint.
         expected: The class it must be of.
-        settings: Override the stored ones.
+        settings: Override the stored ones, for those that may change.
+
+    Raises:
+        InputError: If it is of another class, or another setting is given.
     """
     check_sizes_fit(saved, MODELS)
     model = saved["settings"]["model"]
     cls = MODELS[model["class_path"]]
     if not issubclass(cls, expected):
         raise InputError(f"the checkpoint holds a {cls.__name__}, not a {expected.__name__}")
+    if fixed := settings.keys() - cls.may_change:
+        known = ", ".join(sorted(cls.may_change))
+        raise InputError(f"{', '.join(sorted(fixed))}: of a trained {cls.__name__} only {known} may change")
     built = cls(**{**model["init_args"], **settings, "vocab_size": saved["vocab_size"]})
     built.load_state_dict(saved["state_dict"])
     return built.eval()

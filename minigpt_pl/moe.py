@@ -5,6 +5,7 @@ Only the experts that a token chose are computed. Where its aux loss is added to
 Shapes: N tokens, C = n_embd, E experts, K chosen by each token, F hidden width of an expert.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -70,9 +71,10 @@ class MoE(nn.Module):
         """Each token's weighted sum of what its chosen experts make of it, (N, C)."""
         order = chosen_NK.flatten().argsort(stable=True)  # token-choice pairs, sorted by expert
         sorted_x, counts_E = x_NC.index_select(0, order // self.top_k), self.count(chosen_NK)
-        grouped = has_grouped_product(sorted_x, self.gate_up, self.down)
+        sorted_x, gate_up, down = autocast(sorted_x, self.gate_up, self.down)
+        grouped = has_grouped_product(sorted_x, gate_up, down)
         counts = counts_E if grouped else counts_E.tolist()  # the one wait for the device
-        sorted_y = grouped_linear(swiglu(grouped_linear(sorted_x, self.gate_up, counts)), self.down, counts)
+        sorted_y = grouped_linear(swiglu(grouped_linear(sorted_x, gate_up, counts)), down, counts)
         y_NKC = torch.empty_like(sorted_y).index_copy(0, order, sorted_y).view(*chosen_NK.shape, -1)
         weighted_NKC = y_NKC * weights_NK.unsqueeze(-1).type_as(y_NKC)
         return weighted_NKC.squeeze(1) if self.top_k == 1 else weighted_NKC.sum(1)
@@ -85,6 +87,13 @@ def choose_experts(logits_NE: Tensor, top_k: int, gate: Gate) -> tuple[Tensor, T
         return chosen_logits_NK.softmax(-1), chosen_NK
     weights_NK, chosen_NK = logits_NE.softmax(-1).topk(top_k, sorted=True)
     return weights_NK, chosen_NK
+
+
+def autocast(*factors: Tensor) -> Iterator[Tensor]:
+    """The factors of a product in the dtype that autocast has for products, of which it does not know the grouped."""
+    device = factors[0].device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return (factor.to(torch.get_autocast_dtype(device)) if enabled else factor for factor in factors)
 
 
 def has_grouped_product(rows: Tensor, *weights: Tensor) -> bool:

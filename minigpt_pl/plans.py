@@ -19,10 +19,11 @@ from minigpt_pl.checkpoint import LAST
 from minigpt_pl.cli import MiniGPTCLI
 from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import write_atomically
 from minigpt_pl.settings import CONFIGS, as_given, with_shipped_configs
 from minigpt_pl.statistics import MOST_COMPARISONS, SEEDS_OF_A_COMPARISON
 from minigpt_pl.summary import ENDS_BY_ITSELF, SUMMARY
-from minigpt_pl.text import TextInfo, scan, write_atomically
+from minigpt_pl.text import TextInfo, scan
 from minigpt_pl.tokens import cache_home
 
 FIRST_SEED, OTHER_SEEDS = 1337, 5
@@ -247,7 +248,7 @@ def plan(study: Study, out: Path, run_dir: Path, seeds: int | None, only: list[s
     if unknown := set(only) - study.configurations.keys():
         raise InputError(f"--only {' '.join(sorted(unknown))}: the study has {', '.join(study.configurations)}")
     runs = []
-    for name in only or study.configurations:
+    for name in dict.fromkeys(only) or study.configurations:
         configuration = study.configurations[name]
         try:
             settings = resolved(configuration.words)

@@ -13,11 +13,11 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import write_atomically
 from minigpt_pl.findings import Comparison, Findings, Group
 from minigpt_pl.plans import STUDY
 from minigpt_pl.results import Result
 from minigpt_pl.statistics import SEEDS_OF_A_COMPARISON, SEEDS_OF_A_SPREAD, Interval
-from minigpt_pl.text import write_atomically
 
 INDEX = "index.md"
 ALIKE = 0.03

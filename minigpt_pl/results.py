@@ -21,13 +21,14 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from minigpt_pl.checkpoint import BEST, TEMPORARY, read_checkpoint
+from minigpt_pl.checkpoint import BEST, read_checkpoint
 from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import TEMPORARY
 from minigpt_pl.generation import Sampling, generate
 from minigpt_pl.models import GPT, nll
 from minigpt_pl.modules import from_checkpoint
-from minigpt_pl.settings import catalogue, differences, plain_name
+from minigpt_pl.settings import differences, plain_name
 from minigpt_pl.summary import SUMMARY
 
 CONFIG, METRICS, NATS, SAMPLE = "config.yaml", "metrics.csv", "nats.npz", "sample.txt"
@@ -178,14 +179,11 @@ def without_places(text: str) -> str:
 def differs(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """What makes two configurations different runs, a line each.
 
-    W&B changes no run; which text it is, its hash tells; and a setting that an older configuration does not know may
-    have the value that the code gives it.
+    W&B changes no run, and which text it is, its hash tells.
     """
-    known = catalogue("fit")
     for full_name, before, after in differences(was, now):
         name = plain_name(full_name)
-        new = before is None and name in known and after == known[name].default
-        if not (new or name == "data.path" or name.startswith("wandb")):
+        if not (name == "data.path" or name.startswith("wandb")):
             yield f"{name}: {before} -> {after}"
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from minigpt_pl import signals
-from minigpt_pl.checkpoint import LAST, clean_leftovers, holds_run
+from minigpt_pl.checkpoint import LAST, holds_run
 from minigpt_pl.errors import InputError, is_first_process, say
+from minigpt_pl.files import clean_leftovers
 
 OURS = ("config.yaml", "metrics.csv", "summary.json", "samples.txt", "wandb")
 

@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from minigpt_pl.callbacks import is_off_grid
 from minigpt_pl.errors import InputError
+from minigpt_pl.files import write_atomically
 from minigpt_pl.generation import Sampling, generate
-from minigpt_pl.text import write_atomically
 
 HEADING = "=== step "
 """Before each sample in samples.txt, with the step."""

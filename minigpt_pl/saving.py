@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from minigpt_pl.callbacks import check_is_due, find, step_is_whole
 from minigpt_pl.checkpoint import BEST, LAST
 from minigpt_pl.errors import InputError
-from minigpt_pl.text import write_atomically
+from minigpt_pl.files import write_atomically
 
 
 class SaveSettings(Callback):
@@ -68,7 +68,7 @@ class BestCheckpoint(ModelCheckpoint):
             self.best_model_score = self.kth_value = score
 
 
-class LastCheckpoint(ModelCheckpoint):
+class LastCheckpoint(Checkpoint):
     """Keeps last.ckpt, from which a run goes on.
 
     It is written when training starts, every so many steps and minutes, with each best.ckpt, and at the end. Where a
@@ -76,7 +76,6 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, run_dir: str, every_n_train_steps: int, minutes: float):
-        super().__init__(run_dir, LAST.removesuffix(".ckpt"))
         if every_n_train_steps < 1:
             raise InputError(f"last.every_n_train_steps is {every_n_train_steps}: it must be at least 1")
         if not minutes > 0:
@@ -84,16 +83,6 @@ class LastCheckpoint(ModelCheckpoint):
         self.every_n_steps, self.minutes = every_n_train_steps, minutes
         self.path = os.path.join(run_dir, LAST)
         self._saved_at = 0.0
-
-    @property
-    def state_key(self) -> str:
-        return type(self).__name__
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """There is nothing to remember."""
 
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.path)
@@ -115,9 +104,3 @@ class LastCheckpoint(ModelCheckpoint):
         improved = find(trainer, BestCheckpoint).saved_step == trainer.global_step
         if self._is_due(trainer, pl_module) or trainer.should_stop or improved:
             self._save(trainer)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Not a moment of ours."""
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Every way to stop has saved."""

@@ -274,10 +274,15 @@ def with_shipped_configs(words: list[str]) -> list[str]:
 
 
 def differences(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Leaves of two nested settings that differ: dotted name, before, after."""
+    """Leaves of two nested settings that differ: dotted name, before, after.
+
+    A setting that the older of them does not know is no difference where it has the value that the code gives it.
+    """
     for name in {**was, **now}:
         before, after = was.get(name), now.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
             yield from differences(before, after, f"{prefix}{name}.")
         elif before != after:
-            yield f"{prefix}{name}", before, after
+            setting = catalogue("fit").get(plain_name(f"{prefix}{name}"))
+            if name in was or setting is None or after != setting.default:
+                yield f"{prefix}{name}", before, after

@@ -86,10 +86,6 @@ class StopTraining(Callback):
         """Time in the fit loop, that before a resume included."""
         return self._seconds_before + (0.0 if self._began is None else time.perf_counter() - self._began)
 
-    @property
-    def state_key(self) -> str:
-        return type(self).__name__
-
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
 

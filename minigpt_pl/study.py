@@ -22,12 +22,12 @@ from jsonargparse import ArgumentParser
 from minigpt_pl import results, signals
 from minigpt_pl.checkpoint import LAST
 from minigpt_pl.errors import InputError, say
+from minigpt_pl.files import write_atomically
 from minigpt_pl.findings import Findings, kept
 from minigpt_pl.floors import LONGEST_FOR_FLOORS, floors
 from minigpt_pl.helptext import quiet
 from minigpt_pl.plans import FAILED, FLOORS, Run, find_study, keep_words, plan, read_study, text_of
 from minigpt_pl.report import overview
-from minigpt_pl.text import write_atomically
 
 BETWEEN_WORDS = 300.0
 """Seconds without news after which a line says how far the runs are."""

@@ -17,8 +17,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from minigpt_pl.callbacks import TrainFigures, find, is_off_grid
 from minigpt_pl.errors import Diverged
+from minigpt_pl.files import write_atomically
 from minigpt_pl.stopping import StopEarly, StopTraining
-from minigpt_pl.text import write_atomically
 
 SUMMARY = "summary.json"
 DESCRIBE = ("--always", "--dirty", "--abbrev=40", "--exclude=*")
@@ -61,11 +61,8 @@ class RunSummary(Callback):
         self.final_val: float | None = None
         self.off_grid: dict[str, float | None] = {}
         self.written: dict[str, Any] | None = None
+        self._code: dict[str, Any] = {}  # what runs, as it was at the start: files may change under a long run
         self._started = False
-
-    @property
-    def state_key(self) -> str:
-        return type(self).__name__
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("best", "final_val", "off_grid", "parent", "parent_step")}
@@ -75,7 +72,7 @@ class RunSummary(Callback):
         self.parent, self.parent_step = state_dict["parent"], state_dict["parent_step"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started = True
+        self._started, self._code = True, origin()
         self.final_val, self.off_grid = self.off_grid.get("final_val", self.final_val), {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -116,7 +113,8 @@ class RunSummary(Callback):
 
     def _write(self, trainer: Any, pl_module: Any, reason: str) -> None:
         figures, seconds = find(trainer, TrainFigures), find(trainer, StopTraining).seconds
-        final_train = self._final_train_loss(trainer, pl_module) if reason in ENDS_BY_ITSELF else None
+        with trainer.precision_plugin.val_step_context():  # as in a check
+            final_train = self._final_train_loss(trainer, pl_module) if reason in ENDS_BY_ITSELF else None
         if not trainer.is_global_zero:
             return
         data, net = trainer.datamodule, pl_module.net
@@ -131,8 +129,7 @@ class RunSummary(Callback):
             "wall_seconds": seconds,
             "tokens_per_s": figures.tokens_per_s,
             "seed": data.seed,
-            "versions": versions(),
-            "git_commit": git_commit(),
+            **(self._code or origin()),
             "data_sha256": data.text_info.sha256,
             "tokenizer_sha256": data.tokenizer.sha256,
             "parent": self.parent,
@@ -150,6 +147,11 @@ def is_whole(trainer: Trainer) -> bool:
     except (OSError, ValueError):
         return False
     return found["total_steps"] == trainer.global_step and found["stop_reason"] in ENDS_BY_ITSELF
+
+
+def origin() -> dict[str, Any]:
+    """Which code this is."""
+    return {"versions": versions(), "git_commit": git_commit()}
 
 
 def versions() -> dict[str, str]:

@@ -6,7 +6,6 @@ Everything that can be wrong with the file is said here. What its characters bec
 import codecs
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from minigpt_pl.errors import InputError, is_first_process
+from minigpt_pl.files import write_atomically
 
 PIECE = 1 << 20
 """Bytes that are read at a time."""
@@ -134,10 +134,3 @@ def scan(path: Path, cache: Path) -> TextInfo:
             cache.mkdir(parents=True, exist_ok=True)
             write_atomically(note, json.dumps(asdict(info)).encode())
     return info
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a small file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

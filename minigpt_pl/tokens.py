@@ -20,7 +20,8 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from minigpt_pl.errors import InputError, say
-from minigpt_pl.text import LARGE, TextInfo, split, write_atomically
+from minigpt_pl.files import TEMPORARY, write_atomically
+from minigpt_pl.text import LARGE, TextInfo, split
 from minigpt_pl.tokenizer import LONGEST, BPETokenizer, Tokenizer, load
 
 PARTS = ("train", "val", "test")
@@ -119,7 +120,7 @@ def tokenize(path: Path, info: TextInfo, tokenizer: Tokenizer, ends: list[int], 
         with FileLock(lock):  # of several processes, one works and the others wait for it
             if tokens := map_parts(kept, tokenizer.dtype):
                 return tokens
-            temporary = cache / f"{name}.{os.getpid()}.tmp"
+            temporary = cache / f"{name}{TEMPORARY}"  # of one name: who died over it left no more than one
             try:
                 with temporary.open("wb") as file:
                     write_parts(file, path, info, tokenizer, ends)

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from minigpt_pl import run_dir, signals
 from minigpt_pl.callbacks import Bar, SeedSteps, TrainFigures
@@ -81,9 +82,10 @@ class Training:
         found: list[Callback | None] = [
             SeedSteps(), TrainFigures(), self.summary, init.samples, init.early_stopping, self.stops,
         ]  # fmt: skip
-        found += [BestCheckpoint(place), LastCheckpoint(place, init.last.every_n_train_steps, init.last.minutes)]
+        best = BestCheckpoint(place)
+        found += [best, LastCheckpoint(place, init.last.every_n_train_steps, init.last.minutes)]
         found += [SaveSettings(self.settings, {"wandb_id": self.wandb_id})]
-        found += [Bar()] if init.trainer.enable_progress_bar is not False else []
+        found += [Bar(best)] if init.trainer.enable_progress_bar is not False else []
         return [callback for callback in found if callback is not None]
 
     def trainer_settings(self) -> dict[str, Any]:
@@ -100,7 +102,7 @@ class Training:
         """Trains; nothing is written before.
 
         Raises:
-            InputError: If a branch has nothing left to train, or a file cannot be written.
+            InputError: If a branch has nothing left to train, a file cannot be written, or Lightning refuses a setting.
         """
         if self.saved and not self.goes_on and self.saved["global_step"] >= trainer.max_steps:
             done = f"{self.start} has done trainer.max_steps {trainer.max_steps} already"
@@ -127,7 +129,10 @@ class Training:
                 trainer.fit(model, datamodule=data, ckpt_path=self.init.ckpt_path)
             except BaseException as error:
                 end_other_processes()
-                if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                if isinstance(error, MisconfigurationException):  # such as a monitor that is none
+                    problem = str(error).replace("`", "").split(". ")[0].split("\n")[0]
+                    raise InputError(f"{problem}: mend it, and begin again or go on") from error
+                if isinstance(error, OSError) and not isinstance(error, ConnectionError):
                     place = error.filename or self.run_dir
                     raise InputError(f"{place} could not be written ({error.strerror}): {SAVED_BEFORE}") from error
                 raise

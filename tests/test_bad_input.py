@@ -156,6 +156,7 @@ CASES = {
         (f"{FIT} --model.rope_theta 0", "--model.rope_theta 0: it must be positive"),
         (f"{FIT} --model.rms_norm_eps 0", "--model.rms_norm_eps 0: it must be positive"),
         (f"{FIT} --model.ffn_mult 0", "--model.ffn_mult 0: it must be positive"),
+        (f"{FIT} --model.ffn_mult 0.001", "--model.ffn_mult 0.001: it must give n_embd, ..., a hidden width of at least 1"),
         (f"{FIT} --model.n_layer 999999999999", "the model takes ... GiB of memory, and this machine has ...: lower --model.n_layer, model.n_embd or model.n_experts"),
         (f"{FIT} --model.n_embd 999999999996", "--model.n_embd 999999999996: it must be much smaller"),
         (f"{FIT} --seed_everything -1", "--seed_everything -1: it must be at least 0 and below 2^32"),

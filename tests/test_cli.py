@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import PROJECT, TINY, Outcome
 
-from minigpt_pl.settings import catalogue, leaves, plain_name
+from minigpt_pl.settings import catalogue, differences, leaves, plain_name
 
 MiniGPT = Callable[..., Outcome]
 
@@ -192,6 +192,7 @@ def test_what_changes_under_a_checkpoint_is_said_in_one_line_each(
             ("--model.optimizer", "adamw", "--model.muon_lr", 0.1),
             "--model.muon_lr 0.1 has no effect: model.optimizer is adamw",
         ),
+        (("--data.bpe_vocab_size", 99), "--data.bpe_vocab_size 99 has no effect: data.tokenizer is char"),
         (("--data.eval_iters", 5), "--data.eval_iters 5 has no effect: data.eval_mode is full"),
         (
             ("--data.eval_mode", "sampled", "--data.eval_iters", 1, "--data.max_eval_tokens", 64),
@@ -218,6 +219,35 @@ def test_options_of_training_do_nothing_in_validate_and_are_said(minigpt: MiniGP
     assert done.out == minigpt("validate", *best).out
     done = minigpt("predict", *best, "--data.batch_size", 5, "--sample.max_new_tokens", 1)
     assert (done.status, done.err) == (0, "--data.batch_size 5 has no effect: predict reads no text\n")
+    done = minigpt("predict", *best, "--trainer.precision", "bf16-mixed", "--sample.max_new_tokens", 1)
+    assert (done.status, done.err) == (0, "--trainer.precision bf16-mixed has no effect: predict computes in fp32\n")
+
+
+def test_a_text_that_is_named_is_read_though_the_checkpoint_has_one_of_that_name(
+    minigpt: MiniGPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = ("--data.path", "text.txt")
+    for place, line in (("here", "the sea comes in.\n"), ("there", "it is a sheet.\n")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "text.txt").write_text(line * 80)
+    monkeypatch.chdir(tmp_path / "here")
+    assert minigpt("fit", *SMALL, *said, "--run_dir", "r").status == 0
+    best = ("validate", "--ckpt_path", tmp_path / "here" / "r" / "best.ckpt")
+    monkeypatch.chdir(tmp_path / "there")
+    remembered = minigpt(*best)
+    assert remembered.status == 0
+    other = minigpt(*best, *said)
+    assert other.status == 2
+    assert "is not the text" in other.err or "changed" in other.err
+    forced = minigpt(*best, *said, "--data.allow_changed_text", "true")
+    assert forced.status == 0
+    assert forced.out != remembered.out
+
+
+def test_a_setting_that_an_older_checkpoint_does_not_know_is_told_only_if_it_changes_something() -> None:
+    assert list(differences({"data": {}}, {"data": {"order": "drawn"}})) == []
+    assert list(differences({"data": {}}, {"data": {"order": "epochs"}})) == [("data.order", None, "epochs")]
+    assert list(differences({"data": {"order": None}}, {"data": {"order": "drawn"}}))
 
 
 # predict and validate.

@@ -13,8 +13,10 @@ def build(kind: str) -> GPT:
     if kind == "classic":
         return ClassicGPT(**SIZES, dropout=0.1, seed=1)
     experts = 4 if kind == "moe" else 0
-    return ModernGPT(**SIZES, dropout=0.1, rope_theta=1e4, rms_norm_eps=1e-6, ffn_mult=2.0, n_experts=experts,
-                     moe_top_k=1, moe_gate="softmax_all", seed=1)  # fmt: skip
+    return ModernGPT(
+        **SIZES, dropout=0.1, rope_theta=1e4, rms_norm_eps=1e-6, ffn_mult=2.0, n_experts=experts, moe_top_k=1,
+        moe_gate="softmax_all", seed=1, tied_head=True, zero_init=False, conv_width=0,
+    )  # fmt: skip
 
 
 @pytest.mark.slow

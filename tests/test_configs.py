@@ -421,7 +421,8 @@ def test_the_parameter_table_reaches_what_is_built(name: str) -> None:
         zero, one = torch.zeros(()), torch.ones(())
         assert run.model.whole_loss(one, zero) == 1
         built["moe_aux_loss_coef"] = {round(run.model.whole_loss(zero, one).item(), 9)}
-        twin = ModernGPT(data.vocab_size, 192, 4, 4, 128, 0.0, 1e4, 1e-8, 2.0, 4, 1, "softmax_selected", said["seed"])
+        sizes = (data.vocab_size, 192, 4, 4, 128, 0.0, 1e4, 1e-8, 2.0, 4, 1)
+        twin = ModernGPT(*sizes, "softmax_selected", said["seed"], tied_head=True, zero_init=False, conv_width=0)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True)), (
         "drawn from the seed"
     )

@@ -26,13 +26,23 @@ def test_a_leak_is_found(kind, causal):
     assert is_causal(model, ids, torch.no_grad) is causal
 
 
-def test_a_leak_is_found_in_a_model_whose_outputs_begin_at_0(minigpt, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("words", "examined"),
+    [
+        (("--trainer.precision", "32"), "32-true"),
+        (("--trainer.precision", "bf16-mixed"), "bf16-mixed"),
+        (("--trainer.precision", "bf16-mixed", "-c", "moe"), "32-true"),  # bf16 would hide it behind rounding
+    ],
+)
+def test_a_leak_is_found_in_a_model_whose_outputs_begin_at_0(minigpt, monkeypatch, tmp_path, words, examined):
     """The default model's logits are all 0 then, whatever its attention sees."""
     monkeypatch.chdir(tmp_path)
+    whole = minigpt("doctor", "-c", "smoke", *words)
+    assert f"ok  causality: a later token does not change earlier logits in {examined}" in whole.out
     monkeypatch.setattr(attention, "attend", lambda q, k, v, dropout: F.scaled_dot_product_attention(q, k, v))
-    outcome = minigpt("doctor", "-c", "smoke")
+    outcome = minigpt("doctor", "-c", "smoke", *words)
     assert outcome.status == 2
-    assert "BAD causality: a later token CHANGES earlier logits" in outcome.out
+    assert f"BAD causality: a later token CHANGES earlier logits in {examined}" in outcome.out
 
 
 def test_harmful_versions():

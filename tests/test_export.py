@@ -91,6 +91,11 @@ def test_a_folder_with_something_in_it_is_left_alone(minigpt, tmp_path):
     assert outcome.err == f"error: --out {out} is there already: name an empty or a new folder\n"
     assert [path.name for path in out.iterdir()] == ["config.json"]
     files = {path.name for path in export(Path(run / "best.ckpt"), tmp_path / "new")}
+    best = json.loads((run / "summary.json").read_text())
+    assert f"on its own text: {best['best_val']:.4f} nats/token" in (tmp_path / "new" / "README.md").read_text()
+    minigpt("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", 50, "--model.lr", 10)
+    export(Path(run / "last.ckpt"), tmp_path / "last")
+    assert "on its own text: not known" in (tmp_path / "last" / "README.md").read_text()  # the best is not the last
     assert files == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",

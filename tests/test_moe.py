@@ -157,3 +157,18 @@ def test_nothing_is_lost_when_all_choose_the_same_expert() -> None:
     gate, up = F.linear(x, moe.gate_up[3]).chunk(2, -1)
     torch.testing.assert_close(y, F.linear(F.silu(gate) * up, moe.down[3]))
     assert y.norm(dim=-1).min() > 0
+
+
+@pytest.mark.parametrize("width", [C, C + 4])  # with a grouped product, and without
+def test_autocast_is_for_experts_what_it_is_for_other_products(width: int) -> None:
+    moe = MoE(width, HIDDEN, E, 1, "softmax_all")
+    redraw(moe)
+    x = torch.randn(9, width, generator=torch.Generator().manual_seed(0))
+    exact, _ = moe(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = moe(x)
+    assert rounded.dtype is torch.bfloat16
+    assert 0 < (rounded.float() - exact).norm() / exact.norm() < 0.05
+    rounded.sum().backward()
+    assert moe.gate_up.grad is not None
+    assert moe.gate_up.grad.dtype is torch.float32

@@ -199,6 +199,17 @@ def test_a_users_own_callback_is_named_and_given_again(
     assert "mine was here" in again.out
 
 
+def test_a_figure_that_a_callback_looks_for_in_vain_is_the_users_mistake(
+    minigpt: Call, tmp_path: Path, text_file: Path
+) -> None:
+    words = ("--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.monitor", "val_loss")
+    done = minigpt("fit", *SMALL, "--data.path", text_file, "--run_dir", tmp_path / "r", *words)
+    assert done.status == 2
+    assert done.err.startswith("error: ModelCheckpoint(monitor='val_loss') could not find the monitored key")
+    assert "val/loss" in done.err
+    assert done.err.count("\n") == 1
+
+
 def test_a_callback_of_lightning_is_taken_along(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
     run, named = tmp_path / "run", "lightning.pytorch.callbacks.LearningRateMonitor"
     options = ("fit", *SMALL, "--data.path", text_file, "--run_dir", run, f"--trainer.callbacks+={named}")
@@ -271,4 +282,6 @@ def test_the_class_of_a_checkpoint_is_checked(trained: Path) -> None:
         ClassicLM.load_from_checkpoint(trained)
     assert isinstance(LanguageModel.load_from_checkpoint(trained), ModernLM)
     assert ModernLM.load_from_checkpoint(trained, dropout=0.5).net.dropout.p == 0.5
+    with pytest.raises(InputError, match="map_location, rope_theta: of a trained ModernLM only compile, dropout"):
+        ModernLM.load_from_checkpoint(trained, rope_theta=50.0, map_location="cpu")
     assert read_checkpoint(trained)["global_step"] == 1

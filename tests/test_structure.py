@@ -15,9 +15,10 @@ from minigpt_pl.models import ModernGPT
 PACKAGE = Path(minigpt_pl.__file__).parent
 SOURCES = {path.stem: ast.parse(path.read_text("utf-8")) for path in PACKAGE.glob("*.py")}
 
-LIGHT = {"errors", "signals"}
+LIGHT = {"errors", "files", "signals"}
 MAY_IMPORT = {
     "errors": "",
+    "files": "",
     "signals": "",
     "randomness": "",
     "statistics": "",
@@ -43,10 +44,10 @@ MAY_IMPORT = {
     "vetting": "",
     "modules": "checkpoint generation ladder models moe optim vetting",
     "callbacks": "randomness",
-    "samples": "callbacks generation text",
+    "samples": "callbacks generation",
     "stopping": "callbacks",
-    "saving": "callbacks checkpoint text",
-    "summary": "callbacks stopping text",
+    "saving": "callbacks checkpoint",
+    "summary": "callbacks stopping",
     "loggers": "checkpoint floors summary",
     "run_dir": "checkpoint",
     # commands
@@ -63,8 +64,8 @@ MAY_IMPORT = {
     "plans": "checkpoint cli data results settings statistics summary text tokens",
     "findings": "plans results statistics",
     "pictures": "findings results",
-    "report": "findings pictures plans results statistics text",
-    "study": "checkpoint findings floors helptext loggers plans report results text",
+    "report": "findings pictures plans results statistics",
+    "study": "checkpoint findings floors helptext loggers plans report results",
     "doctor": "cli data floors helptext mistakes models modules optim summary windows",
     "__main__": "cli doctor export floors report study",  # by their names, when a command needs them
     "__init__": "api",
@@ -88,7 +89,7 @@ MODELS = {
     "modules",
 }
 TEXTS = {"text", "tokenizer", "tokens", "windows", "data"}
-PURE = MODELS - {"modules"} | TEXTS - {"data"} | {"errors", "signals", "randomness", "statistics"}
+PURE = MODELS - {"modules"} | TEXTS - {"data"} | LIGHT | {"randomness", "statistics"}
 HEAVY = {"torch", "lightning", "numpy", "wandb", "jsonargparse", "yaml", "tokenizers", "torchmetrics"}
 
 

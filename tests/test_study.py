@@ -53,7 +53,7 @@ def planned(path: Path, seeds: int | None = None, only: tuple[str, ...] = ()) ->
 def test_seeds_go_round_and_named_comparisons_get_more(place: Path) -> None:
     path = write(runs={"a": "", "b": "--model.n_layer 1", "c": {"fit": "", "first_seed": 9}}, comparisons=["b - a"])
     assert planned(path, seeds=2) == ["a-1337", "b-1337", "c-9", "a-1338", "b-1338", "c-10"]
-    assert planned(path, seeds=1, only=("c", "a")) == ["c-9", "a-1337"]
+    assert planned(path, seeds=1, only=("c", "a", "c")) == ["c-9", "a-1337"]
     names = planned(path)
     assert sum(name.startswith("a-") for name in names) == SEEDS_OF_A_COMPARISON == 8
     assert sum(name.startswith("c-") for name in names) == 5

@@ -25,7 +25,8 @@ def build(kind: str, **changes: Any) -> GPT:
     sizes = {"vocab_size": VOCAB, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32, "dropout": 0.0, "seed": 1}
     if kind == "classic":
         return ClassicGPT(**{**sizes, **changes}).eval()
-    modern = {"rope_theta": 100.0, "rms_norm_eps": 1e-5, "ffn_mult": 2.0, **EXPERTS[kind]}
+    plain = {"tied_head": True, "zero_init": False, "conv_width": 0}
+    modern = {"rope_theta": 100.0, "rms_norm_eps": 1e-5, "ffn_mult": 2.0, **plain, **EXPERTS[kind]}
     return ModernGPT(**{**sizes, **modern, **changes}).eval()
 
 

@@ -46,7 +46,8 @@ def trainer(model: nn.Module, loss_of: Callable[[Any, Tensor, Tensor], Tensor]) 
 
 def modern(n_experts: int) -> ModernGPT:
     experts: dict[str, Any] = {"n_experts": n_experts, "moe_top_k": 1, "moe_gate": "softmax_all"}
-    return ModernGPT(**SIZES, rope_theta=1e4, rms_norm_eps=1e-6, ffn_mult=8 / 3, **experts, seed=1)  # type: ignore[arg-type]
+    plain: dict[str, Any] = {"tied_head": True, "zero_init": False, "conv_width": 0}
+    return ModernGPT(**SIZES, rope_theta=1e4, rms_norm_eps=1e-6, ffn_mult=8 / 3, **experts, **plain, seed=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler has many

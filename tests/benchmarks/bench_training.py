@@ -18,11 +18,12 @@ from minigpt_pl.optim import build_optimizer
 pytestmark = pytest.mark.bench
 ROUNDS = 8
 VOCAB = 61
+PLAIN = {"tied_head": True, "zero_init": False, "conv_width": 0}
 
 
 def ours(n_experts: int, gate: str = "softmax_selected") -> ModernGPT:
     """modern_moe_char_02, or its dense twin."""
-    return ModernGPT(VOCAB, 192, 4, 4, 128, 0.24, 1e4, 1e-8, 2.0, n_experts, 1, gate, seed=1)  # type: ignore[arg-type]
+    return ModernGPT(VOCAB, 192, 4, 4, 128, 0.24, 1e4, 1e-8, 2.0, n_experts, 1, gate, 1, **PLAIN)  # type: ignore[arg-type]
 
 
 def seeds(n_experts: int) -> SeedModel:
@@ -95,7 +96,8 @@ def bf16_loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
 
 def test_step_of_a_wide_model_in_bf16(report: Report) -> None:
     """6 x 384 with windows of 256 and dropout, a quarter of `frontier/shakespeare`'s batch."""
-    wide = [ModernGPT(VOCAB, 256, 6, 6, 384, 0.3, 1e4, 1e-8, 2.6667, 0, 1, "softmax_all", seed=1) for _ in range(2)]
+    sizes = (VOCAB, 256, 6, 6, 384, 0.3, 1e4, 1e-8, 2.6667)
+    wide = [ModernGPT(*sizes, 0, 1, "softmax_all", 1, **PLAIN) for _ in range(2)]  # type: ignore[arg-type]
     rivals = {
         "bf16-mixed": stepper(wide[0], bf16_loss, 16, 256),
         "fp32": stepper(wide[1], our_loss, 16, 256),

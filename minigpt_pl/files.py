@@ -1,0 +1,29 @@
+"""Files that are whole or not there: written beside their place and renamed, and what a writer that died has left.
+
+What stands in them is the matter of those who write them; a checkpoint is written in `checkpoint`.
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+TEMPORARY = ".writing"
+"""At the end of the name of what is being written."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a small file whole or not at all; other processes may write it too."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def clean_leftovers(folder: Path) -> None:
+    """Removes what a writer that died has left half-written."""
+    for leftover in folder.glob(f"*{TEMPORARY}"):
+        leftover.unlink()
