@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from minigpt_pl import helptext, mistakes, run_dir, signals
-from minigpt_pl.checkpoint import AtomicCheckpointIO, find_checkpoint, read_checkpoint
+from minigpt_pl.checkpoint import BEST, AtomicCheckpointIO, find_checkpoint, read_checkpoint
 from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError, say
 from minigpt_pl.generation import Sampling
@@ -282,7 +282,7 @@ class MiniGPTCLI(LightningCLI):
             print(f"continue with: {how_to_go_on('completed', self.run_dir)}")
             return
         print(f"\n{table(self.training.summary.written, self.run_dir)}")
-        best = self.run_dir / "best.ckpt"
+        best = self.run_dir / BEST
         if self.status == 0 and best.exists():
             self.model.load_state_dict(read_checkpoint(best)["state_dict"])
             text = sample_text(self.trainer, self.model, "\n", Sampling(max_new_tokens=300))

@@ -21,6 +21,7 @@ from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError
 from minigpt_pl.floors import LONGEST_FOR_FLOORS, floors
 from minigpt_pl.helptext import asks_for_help, page, quiet
+from minigpt_pl.loggers import memory_gib
 from minigpt_pl.mistakes import leaks_the_future, spelt_out
 from minigpt_pl.models import GPT, nll
 from minigpt_pl.modules import LanguageModel
@@ -107,22 +108,16 @@ def speed(model: GPT, ids: Tensor, precise: Callable[[], Any], rule: Rule, steps
 
 
 def memory(device: str) -> str | None:
-    """Memory in use and at hand on the device, in words."""
+    """Memory in use and at hand on the device, in words; None where nobody knows."""
+    if (used := memory_gib(device)) is None:
+        return None
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
-        used = torch.cuda.max_memory_allocated()
-        return f"{used / 2**30:.2f} GiB used at most, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        return f"{used:.2f} GiB used at most, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
     if device == "mps":
-        used, most = torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
-        return f"{used / 2**30:.2f} GiB used, {most / 2**30:.1f} GiB recommended at most"
-    try:
-        import resource
-
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return f"{used / 2**30:.2f} GiB used at most by this process, {there / 2**30:.1f} GiB in the machine"
-    except ImportError:  # Windows has no resource
-        return None
+        return f"{used:.2f} GiB used, {torch.mps.recommended_max_memory() / 2**30:.1f} GiB recommended at most"
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{used:.2f} GiB used at most by this process, {there / 2**30:.1f} GiB in the machine"
 
 
 def examine(model: LanguageModel, data: TextDataModule, device: str, precision: str, trainer: Any) -> Iterator[str]:

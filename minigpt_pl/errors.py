@@ -8,17 +8,12 @@ import re
 import sys
 
 CHATTER = [  # the parser's wording, and ours
-    (r"(?s)Call to compute_fn of link .* failed: ", ""),
-    (r"(?s)Unexpected config:\s*", "not a file of settings: "),
     (r"(?s)Does not validate against any of the Union subtypes\s+Subtypes: .*?\s+Errors:", ""),
     (r"(?s)\s+Given value type: .*?\s+Given value: (?:NestedArg|Namespace).*", ""),
     (r"\s+Given value type: .*?\s+Given value:", ". Got value:"),
     (r"\s+- (?:Expected a <class 'NoneType'>|Expected a path but .* not accessible or invalid)", ""),
-    (r"Problem with given class_path '(?:.*\.)?(\w+)':", r"\1:"),
-    (r"Expected a dot import path string:", "there is no class"),
     (r'Parser key "(.*?)":', r"\1:"),
     (r"typing\.Literal|<class '(\w+)'>", r"\1"),
-    (r"Expected an? (?=\[)", "Expected one of "),
     (r":\s+- ", ": "),
 ]
 

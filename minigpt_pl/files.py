@@ -7,6 +7,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+CONFIG, METRICS, SUMMARY, SAMPLES = "config.yaml", "metrics.csv", "summary.json", "samples.txt"
+"""In a run's directory, beside its checkpoints; the first three in its results folder too."""
 TEMPORARY = ".writing"
 """At the end of the name of what is being written."""
 

@@ -6,7 +6,6 @@ What is counted, and when, is in `callbacks`; only what W&B alone shows is put t
 import csv
 import json
 import os
-import re
 import secrets
 import sys
 import time
@@ -23,9 +22,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from minigpt_pl.checkpoint import BEST
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import TEMPORARY
+from minigpt_pl.files import SAMPLES, SUMMARY, TEMPORARY
 from minigpt_pl.floors import LONGEST_FOR_FLOORS, floors
-from minigpt_pl.summary import SUMMARY, git_commit
+from minigpt_pl.samples import written
+from minigpt_pl.summary import git_commit
 
 FIRST = ["step", "part"]
 STEP = "trainer/global_step"  # W&B's x axis, in completed steps
@@ -266,7 +266,7 @@ class Panels(Callback):
         shown: dict[str, Any] = dict(self.floors_of(trainer.datamodule))
         if used := memory_gib(pl_module.device.type):
             shown["perf/memory_gib"] = used
-        if rows := samples(Path(trainer.default_root_dir, "samples.txt")):
+        if rows := [[*row] for row in written(Path(trainer.default_root_dir, SAMPLES))]:
             # All rows each time, in a new table: one that is logged twice shows its first rows only.
             shown["samples"] = wandb.Table(columns=["step", "text"], data=rows, log_mode="MUTABLE")
         self.logger.log_metrics(shown, trainer.global_step)
@@ -279,12 +279,6 @@ class Panels(Callback):
             found = floors(str(data.found_path()), data.train_frac, data.test_frac) if small else {}
             self._floors = {f"floor/{name}": figures["nats_per_char"] for name, figures in found.items()}
         return self._floors
-
-
-def samples(path: Path) -> list[list[Any]]:
-    """Step and text of each sample in samples.txt, also of those before a resume."""
-    parts = re.split(r"^=== step (\d+)\n", path.read_text("utf-8"), flags=re.MULTILINE)[1:] if path.exists() else []
-    return [[int(step), text.removesuffix("\n")] for step, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def memory_gib(device: str) -> float | None:

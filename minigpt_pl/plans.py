@@ -19,10 +19,10 @@ from minigpt_pl.checkpoint import LAST
 from minigpt_pl.cli import MiniGPTCLI
 from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import write_atomically
+from minigpt_pl.files import CONFIG, METRICS, SUMMARY, write_atomically
 from minigpt_pl.settings import CONFIGS, as_given, with_shipped_configs
 from minigpt_pl.statistics import MOST_COMPARISONS, SEEDS_OF_A_COMPARISON
-from minigpt_pl.summary import ENDS_BY_ITSELF, SUMMARY
+from minigpt_pl.summary import ENDS_BY_ITSELF
 from minigpt_pl.text import TextInfo, scan
 from minigpt_pl.tokens import cache_home
 
@@ -200,7 +200,7 @@ class Run:
             if problems:
                 remedy = "name this run otherwise, or remove that folder"
                 raise InputError(f"{self.folder} holds results of other settings ({'; '.join(problems)}): {remedy}")
-        elif (config := self.run_dir / results.CONFIG).is_file():
+        elif (config := self.run_dir / CONFIG).is_file():
             was = yaml.safe_load(config.read_text("utf-8"))
             if problems := list(results.differs(was, self.settings)):
                 remedy = "give another --run_dir, or remove that one"
@@ -231,7 +231,7 @@ class Run:
     def steps(self) -> int:
         """Steps done so far, by its figures."""
         with suppress(OSError, ValueError):
-            return int((self.run_dir / results.METRICS).read_bytes().rsplit(b"\n", 2)[-2].split(b",")[0])
+            return int((self.run_dir / METRICS).read_bytes().rsplit(b"\n", 2)[-2].split(b",")[0])
         return 0
 
 

@@ -24,15 +24,13 @@ from numpy.typing import NDArray
 from minigpt_pl.checkpoint import BEST, read_checkpoint
 from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import TEMPORARY
+from minigpt_pl.files import CONFIG, METRICS, SUMMARY, TEMPORARY
 from minigpt_pl.generation import Sampling, generate
 from minigpt_pl.models import GPT, nll
 from minigpt_pl.modules import from_checkpoint
 from minigpt_pl.settings import differences, plain_name
-from minigpt_pl.summary import SUMMARY
 
-CONFIG, METRICS, NATS, SAMPLE = "config.yaml", "metrics.csv", "nats.npz", "sample.txt"
-MOST_BYTES = 150_000  # of a results folder; the two limits below see to it
+NATS, SAMPLE = "nats.npz", "sample.txt"
 MOST_TOKENS = 60_000
 """Scored tokens that are kept; of a larger validation part evenly spaced windows."""
 MOST_CHECKS = 200

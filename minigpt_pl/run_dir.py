@@ -16,9 +16,9 @@ from filelock import FileLock, Timeout
 from minigpt_pl import signals
 from minigpt_pl.checkpoint import LAST, holds_run
 from minigpt_pl.errors import InputError, is_first_process, say
-from minigpt_pl.files import clean_leftovers
+from minigpt_pl.files import CONFIG, METRICS, SAMPLES, SUMMARY, clean_leftovers
 
-OURS = ("config.yaml", "metrics.csv", "summary.json", "samples.txt", "wandb")
+OURS = (CONFIG, METRICS, SUMMARY, SAMPLES, "wandb")
 
 
 def choose(said: str, checkpoint: Path | None, model: str) -> tuple[Path, bool]:

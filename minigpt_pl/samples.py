@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from minigpt_pl.callbacks import is_off_grid
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import write_atomically
+from minigpt_pl.files import SAMPLES, write_atomically
 from minigpt_pl.generation import Sampling, generate
 
 HEADING = "=== step "
@@ -37,7 +37,7 @@ class SampleText(Callback):
         self.sampling = Sampling(max_new_tokens, temperature)
 
     def _path(self, trainer: Trainer) -> Path:
-        return Path(trainer.default_root_dir, "samples.txt")
+        return Path(trainer.default_root_dir, SAMPLES)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         due = trainer.global_step // trainer.datamodule.eval_every % self.every_n_checks == 0
@@ -49,12 +49,16 @@ class SampleText(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = self._path(trainer)
         if trainer.is_global_zero and path.exists():  # what a stopped run wrote after its checkpoint is written again
-            kept, keep, last = [], True, trainer.global_step - is_off_grid(trainer)
-            for line in re.findall(r"[^\n]*\n|[^\n]+", path.read_bytes().decode()):  # a text may hold other line ends
-                if heading := re.fullmatch(rf"{HEADING}(\d+)\n", line):
-                    keep = int(heading[1]) <= last
-                kept += [line] if keep else []
+            last = trainer.global_step - is_off_grid(trainer)
+            kept = [f"{HEADING}{step}\n{text}\n" for step, text in written(path) if step <= last]
             write_atomically(path, "".join(kept).encode())
+
+
+def written(path: Path) -> list[tuple[int, str]]:
+    """Step and text of each sample in samples.txt, also of those before a resume."""
+    content = path.read_bytes().decode() if path.exists() else ""  # as bytes: a text may hold other line ends
+    _, *parts = re.split(rf"^{HEADING}(\d+)\n", content, flags=re.MULTILINE)
+    return [(int(step), text.removesuffix("\n")) for step, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def sample_text(trainer: Any, pl_module: Any, prompt: str, sampling: Sampling) -> str:

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from minigpt_pl.callbacks import check_is_due, find, step_is_whole
 from minigpt_pl.checkpoint import BEST, LAST
 from minigpt_pl.errors import InputError
-from minigpt_pl.files import write_atomically
+from minigpt_pl.files import CONFIG, write_atomically
 
 
 class SaveSettings(Callback):
@@ -32,7 +32,7 @@ class SaveSettings(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             text = yaml.safe_dump(self.settings, sort_keys=False)
-            write_atomically(Path(trainer.default_root_dir, "config.yaml"), text.encode())
+            write_atomically(Path(trainer.default_root_dir, CONFIG), text.encode())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         vocab_size = pl_module.net.token_embedding.num_embeddings

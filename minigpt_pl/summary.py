@@ -17,10 +17,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from minigpt_pl.callbacks import TrainFigures, find, is_off_grid
 from minigpt_pl.errors import Diverged
-from minigpt_pl.files import write_atomically
+from minigpt_pl.files import SUMMARY, write_atomically
 from minigpt_pl.stopping import StopEarly, StopTraining
 
-SUMMARY = "summary.json"
 DESCRIBE = ("--always", "--dirty", "--abbrev=40", "--exclude=*")
 ENDS_BY_ITSELF = ("completed", "early_stopping", "time_limit")
 

@@ -17,6 +17,7 @@ from minigpt_pl.callbacks import Bar, SeedSteps, TrainFigures
 from minigpt_pl.checkpoint import SAVED_BEFORE, AtomicCheckpointIO, progress
 from minigpt_pl.data import TextDataModule
 from minigpt_pl.errors import InputError, say
+from minigpt_pl.files import METRICS
 from minigpt_pl.loggers import MetricsCSV, new_run_id, recording
 from minigpt_pl.modules import LanguageModel
 from minigpt_pl.saving import BestCheckpoint, LastCheckpoint, SaveSettings
@@ -122,7 +123,7 @@ class Training:
                 if self.saved:
                     io.prepared = self.as_resumed(trainer, data)
                 grown = step < trainer.max_steps and self.goes_on and self.saved["callbacks"]["RunSummary"]["off_grid"]
-                trainer.loggers = [MetricsCSV(self.run_dir / "metrics.csv", step, drop_check=bool(grown)), *others]
+                trainer.loggers = [MetricsCSV(self.run_dir / METRICS, step, drop_check=bool(grown)), *others]
                 if said := data.thinned("val"):
                     say(said)
                 trainer.callbacks = [without_idle_hooks(callback) for callback in trainer.callbacks]

@@ -26,6 +26,8 @@ from minigpt_pl import load_checkpoint
 from minigpt_pl import summary as summary_room
 from minigpt_pl.__main__ import main
 from minigpt_pl.checkpoint import read_checkpoint
+from minigpt_pl.modules import from_checkpoint
+from minigpt_pl.results import text_of
 from minigpt_pl.training import IN_EACH_STEP
 
 MiniGPT = Callable[..., Outcome]
@@ -401,3 +403,23 @@ def test_nobody_waits_for_hooks_that_do_nothing(minigpt: Callable[..., Outcome],
     assert ("Panels", "on_validation_end") in called
     assert {hook for _, hook in called} & set(IN_EACH_STEP) == {"on_train_batch_start", "on_train_batch_end"}
     assert ("RunSummary", "on_train_batch_end") not in called
+
+
+def test_final_train_loss_has_the_precision_of_the_run(minigpt: Callable[..., Outcome], tmp_path: Path) -> None:
+    """As val/loss has, so that the two compare."""
+    place = tmp_path / "r"
+    assert minigpt("fit", *TINY, "--trainer.precision", "bf16-mixed", "--run_dir", place).status == 0
+    saved = read_checkpoint(place / "last.ckpt")
+    model, data = from_checkpoint(saved), text_of(saved)
+
+    def loss() -> float:
+        nats, tokens = 0.0, 0
+        with torch.no_grad():
+            for inputs, targets, counts in data.final_batches():
+                nats += model.nll_of_windows(inputs, targets).double().sum().item()
+                tokens += int(counts[:, 0].sum())
+        return nats / tokens
+
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = loss()
+    assert json.loads((place / "summary.json").read_text())["final_train_loss"] == rounded != loss()

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "stopping": "callbacks",
     "saving": "callbacks checkpoint",
     "summary": "callbacks stopping",
-    "loggers": "checkpoint floors summary",
+    "loggers": "checkpoint floors samples summary",
     "run_dir": "checkpoint",
     # commands
     "settings": "data generation loggers modules samples stopping",
@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "pictures": "findings results",
     "report": "findings pictures plans results statistics",
     "study": "checkpoint findings floors helptext loggers plans report results",
-    "doctor": "cli data floors helptext mistakes models modules optim summary windows",
+    "doctor": "cli data floors helptext loggers mistakes models modules optim summary windows",
     "__main__": "cli doctor export floors report study",  # by their names, when a command needs them
     "__init__": "api",
 }

@@ -14,8 +14,8 @@ import torch
 import yaml
 from conftest import PROJECT, Outcome
 
-from minigpt_pl.loggers import samples
 from minigpt_pl.modules import MOST_LOADS, ModernLM
+from minigpt_pl.samples import written
 
 FIT = (
     "fit", "-c", "smoke", "--model.n_embd", 16, "--model.block_size", 16, "--data.batch_size", 4,
@@ -149,7 +149,7 @@ def test_a_run_is_there_whole_and_nothing_of_it_in_the_next(
     assert any(artifact.type == "model" and "best" in artifact.aliases for artifact in found.artifacts)
     tables = sorted(folders(one)[0].glob("files/media/table/*.json"), key=lambda path: path.stat().st_mtime)
     assert [[row[0] for row in json.loads(path.read_text())["data"]] for path in tables] == [[4], [4, 8]]
-    assert json.loads(tables[-1].read_text())["data"] == samples(one / "samples.txt")
+    assert json.loads(tables[-1].read_text())["data"] == [[*row] for row in written(one / "samples.txt")]
 
     assert minigpt(*FIT, "--data.path", text_file, "--run_dir", other, "--samples", "null").status == 0
     second = read(*folders(other))
