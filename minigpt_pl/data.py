@@ -61,6 +61,7 @@ class TextDataModule(LightningDataModule):
         eval_iters: Batches that `sampled` draws.
         max_eval_tokens: A larger part is thinned to evenly spaced windows with this many tokens.
         order: drawn takes training windows from anywhere, with replacement; epochs side by side, in shuffled order.
+        noise: Share of training inputs replaced by tokens from anywhere in the text, against learning it by heart.
         num_workers: Processes that prepare batches beside the training process.
         allow_changed_text: Go on although the text is not the one that the checkpoint was trained on.
     """
@@ -81,6 +82,7 @@ class TextDataModule(LightningDataModule):
         eval_iters: int = 100,
         max_eval_tokens: int = 2_000_000,
         order: Order = "drawn",
+        noise: float = 0.0,
         num_workers: int = 0,
         allow_changed_text: bool = False,
     ):
@@ -94,6 +96,8 @@ class TextDataModule(LightningDataModule):
                 raise InputError(f"data.{name} is {value}: it must be at least 1")
         if num_workers < 0:
             raise InputError(f"data.num_workers is {num_workers}: it must be 0, for none, or more")
+        if not 0 <= noise < 1:
+            raise InputError(f"data.noise is {noise}: it must be at least 0 and below 1")
         if not 0 < train_frac < 1:
             raise InputError(f"data.train_frac is {train_frac}: it must lie between 0 and 1")
         if not 0 <= test_frac < 1:
@@ -113,7 +117,8 @@ class TextDataModule(LightningDataModule):
         self.train_frac, self.test_frac = train_frac, test_frac
         self.tokenizer_kind, self.bpe_vocab_size, self.bpe_min_pair_freq = tokenizer, bpe_vocab_size, bpe_min_pair_freq
         self.eval_mode, self.eval_iters, self.max_eval_tokens = eval_mode, eval_iters, max_eval_tokens
-        self.order, self.num_workers, self.allow_changed_text = order, num_workers, allow_changed_text
+        self.order, self.noise = order, noise
+        self.num_workers, self.allow_changed_text = num_workers, allow_changed_text
         self.prompts: list[str] = []
         """What `predict` continues."""
         self.saved: dict[str, Any] = {}
@@ -254,6 +259,7 @@ class TextDataModule(LightningDataModule):
             trainer.global_rank,
             world,
             self.order,
+            self.noise,
         )
         return self._loader(batches, FromStep(trainer.global_step * accumulate, trainer.max_steps * accumulate))
 

@@ -256,7 +256,8 @@ class Result:
             settings["data"]["train_frac"],
             settings["model"]["init_args"]["block_size"],
             settings["data"]["batch_size"],
-            settings["data"].get("order", "drawn"),  # which older results do not name
+            settings["data"].get("order", "drawn"),  # which older results do not name, nor
+            settings["data"].get("noise", 0.0),
             settings["trainer"]["accumulate_grad_batches"],
         )
 

@@ -67,6 +67,8 @@ class TrainBatches(Dataset[Batch]):
         rank: Number of this process.
         world: Number of processes.
         order: drawn, windows start anywhere, with replacement; or epochs, see `epoch_starts`.
+        noise: Share of the inputs in whose place stands a token from anywhere in the part, so that no text can be
+            learned by heart (unigram noising, Xie et al., arXiv 1703.02573). Targets are as they are.
     """
 
     def __init__(
@@ -79,10 +81,11 @@ class TrainBatches(Dataset[Batch]):
         rank: int,
         world: int,
         order: Order = "drawn",
+        noise: float = 0.0,
     ):
         assert len(ids) > block_size, "there is no window to train on"
         self.ids, self.block_size, self.batch_size, self.accumulate = ids, block_size, batch_size, accumulate
-        self.seed, self.rank, self.world, self.order = seed, rank, world, order
+        self.seed, self.rank, self.world, self.order, self.noise = seed, rank, world, order, noise
 
     def starts(self, i: int) -> NDArray[np.int64]:
         """Where the windows of micro-batch i start, those of all processes."""
@@ -91,16 +94,31 @@ class TrainBatches(Dataset[Batch]):
             count = windows_in_epoch(length, size)
             rows = range(i * self.batch_size, (i + 1) * self.batch_size)
             return np.array([epoch_starts(length, size, self.seed, row // count)[row % count] for row in rows])
-        step, micro = divmod(i, self.accumulate)
-        begin, end = self.batch_size * micro, self.batch_size * (micro + 1)
+        step, begin, end = self.rows_of_step(i)
         return draw_starts(end, len(self.ids) - self.block_size, self.seed, "batch", step)[begin:]
+
+    def rows_of_step(self, i: int) -> tuple[int, int, int]:
+        """The step of micro-batch i, and which rows of that step it has: however a step is cut, they are the same."""
+        step, micro = divmod(i, self.accumulate)
+        return step, self.batch_size * micro, self.batch_size * (micro + 1)
+
+    def noisy(self, i: int) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """Which inputs of micro-batch i another token replaces, and where in the part that stands, both (B, T)."""
+        step, begin, end = self.rows_of_step(i)
+        drawn = fractions(2 * self.block_size * end, self.seed, "noise", step).reshape(end, self.block_size, 2)[begin:]
+        return drawn[:, :, 0] < self.noise, (drawn[:, :, 1] * len(self.ids)).astype(np.int64)
 
     def __getitem__(self, i: int) -> Batch:
         starts = self.starts(i)
         share = len(starts) // self.world
-        mine = starts[self.rank * share : (self.rank + 1) * share]
-        windows = torch.from_numpy(self.ids[mine[:, None] + np.arange(self.block_size + 1)].astype(np.int64))
-        return Batch(windows[:, :-1], windows[:, 1:])
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        windows = self.ids[starts[mine, None] + np.arange(self.block_size + 1)].astype(np.int64)
+        inputs, targets = windows[:, :-1], windows[:, 1:]
+        if self.noise:
+            replaced, places = self.noisy(i)
+            inputs = inputs.copy()
+            inputs[replaced[mine]] = self.ids[places[mine][replaced[mine]]]
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
 
 
 class FromStep(Sampler[int]):

@@ -121,6 +121,7 @@ CASES = {
         (f"{FIT} --data.eval_every 0", "--data.eval_every 0: it must be at least 1"),
         (f"{FIT} --data.eval_iters 0", "--data.eval_iters 0: it must be at least 1"),
         (f"{FIT} --data.max_eval_tokens 0", "--data.max_eval_tokens 0: it must be at least 1"),
+        (f"{FIT} --data.noise 1", "--data.noise 1: it must be at least 0 and below 1"),
         (f"{FIT} --data.num_workers -1", "--data.num_workers -1: it must be 0, for none, or more"),
         (f"{FIT} --data.num_workers 5000", "--data.num_workers 5000: it must be at most ... on this machine"),
         (f"{FIT} --data.batch_size 9999999999999", "--data.batch_size 9999999999999: it must be at most 1,000,000,000,000"),

@@ -3,6 +3,7 @@
 What a check counts is in test_counting, the reading of a file in test_text, tokens in test_tokenizer.
 """
 
+import math
 import mmap
 import multiprocessing
 import os
@@ -259,9 +260,15 @@ ORDERS: list[Order] = ["drawn", "epochs"]
 
 
 def batches(
-    accumulate: int = 1, batch_size: int = 64, rank: int = 0, world: int = 1, ids: Any = IDS, order: Order = "drawn"
+    accumulate: int = 1,
+    batch_size: int = 64,
+    rank: int = 0,
+    world: int = 1,
+    ids: Any = IDS,
+    order: Order = "drawn",
+    noise: float = 0.0,
 ) -> TrainBatches:
-    return TrainBatches(ids, 8, batch_size, accumulate, 1337, rank, world, order)
+    return TrainBatches(ids, 8, batch_size, accumulate, 1337, rank, world, order, noise)
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -277,8 +284,8 @@ def test_targets_are_the_inputs_shifted_by_one() -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_four_micro_batches_are_one_batch_four_times_as_large(order: Order) -> None:
     for step in (0, 3, 100_000):
-        large = batches(order=order)[step]
-        small = [batches(accumulate=4, batch_size=16, order=order)[4 * step + micro] for micro in range(4)]
+        large = batches(order=order, noise=0.2)[step]
+        small = [batches(accumulate=4, batch_size=16, order=order, noise=0.2)[4 * step + i] for i in range(4)]
         assert equal(large, Batch(*(torch.cat(parts) for parts in zip(*small, strict=True))))
 
 
@@ -286,8 +293,26 @@ def test_four_micro_batches_are_one_batch_four_times_as_large(order: Order) -> N
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_processes_share_one_batch(world: int, order: Order) -> None:
     for i in (0, 7):
-        shares = [batches(2, 64, rank, world, order=order)[i] for rank in range(world)]
-        assert equal(batches(2, order=order)[i], Batch(*(torch.cat(parts) for parts in zip(*shares, strict=True))))
+        shares = [batches(2, 64, rank, world, order=order, noise=0.2)[i] for rank in range(world)]
+        assert equal(
+            batches(2, order=order, noise=0.2)[i], Batch(*(torch.cat(parts) for parts in zip(*shares, strict=True)))
+        )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_noise_replaces_its_share_of_the_inputs_and_no_target(order: Order) -> None:
+    ids = np.repeat(IDS[:4], [100, 200, 300, 400])  # their frequencies
+    plain, noised = ([batches(ids=ids, order=order, noise=noise)[i] for i in range(60)] for noise in (0.0, 0.25))
+    assert all(torch.equal(one.targets, other.targets) for one, other in zip(plain, noised, strict=True))
+    before, after = (torch.cat([batch.inputs for batch in some]) for some in (plain, noised))
+    changed, count = before != after, before.numel()
+    for token in range(4):  # one of its own kind may take the place of a token
+        expected, of = 0.25 * (1 - 0.1 * (token + 1)), (before == token).sum().item()
+        share = changed[before == token].float().mean().item()
+        assert abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / of), token
+    assert abs(changed.float().mean(0) - changed.float().mean()).max() < 5 * math.sqrt(0.25 / (count / 8)), "anywhere"
+    assert not torch.equal(changed[:64], changed[64:128]), "each step has its own"
+    assert torch.equal(noised[7].inputs, batches(ids=ids, order=order, noise=0.25)[7].inputs)
 
 
 @pytest.mark.parametrize("order", ORDERS)
