@@ -61,7 +61,7 @@ class TextDataModule(LightningDataModule):
         eval_iters: Batches that `sampled` draws.
         max_eval_tokens: A larger part is thinned to evenly spaced windows with this many tokens.
         order: drawn takes training windows from anywhere, with replacement; epochs side by side, in shuffled order.
-        noise: Share of training inputs replaced by tokens from anywhere in the text, against learning it by heart.
+        noise: Share of training inputs replaced by tokens drawn at random, against learning a text by heart.
         num_workers: Processes that prepare batches beside the training process.
         allow_changed_text: Go on although the text is not the one that the checkpoint was trained on.
     """
@@ -260,6 +260,7 @@ class TextDataModule(LightningDataModule):
             world,
             self.order,
             self.noise,
+            self.vocab_size,
         )
         return self._loader(batches, FromStep(trainer.global_step * accumulate, trainer.max_steps * accumulate))
 

@@ -67,8 +67,9 @@ class TrainBatches(Dataset[Batch]):
         rank: Number of this process.
         world: Number of processes.
         order: drawn, windows start anywhere, with replacement; or epochs, see `epoch_starts`.
-        noise: Share of the inputs in whose place stands a token from anywhere in the part, so that no text can be
-            learned by heart (unigram noising, Xie et al., arXiv 1703.02573). Targets are as they are.
+        noise: Share of the inputs in whose place stands a token of the vocabulary, each as likely, so that no text can be
+            learned by heart (after Xie et al., arXiv 1703.02573). Targets are as they are.
+        vocab_size: Tokens of which noise is made.
     """
 
     def __init__(
@@ -82,10 +83,12 @@ class TrainBatches(Dataset[Batch]):
         world: int,
         order: Order = "drawn",
         noise: float = 0.0,
+        vocab_size: int = 0,
     ):
         assert len(ids) > block_size, "there is no window to train on"
         self.ids, self.block_size, self.batch_size, self.accumulate = ids, block_size, batch_size, accumulate
-        self.seed, self.rank, self.world, self.order, self.noise = seed, rank, world, order, noise
+        self.seed, self.rank, self.world, self.order = seed, rank, world, order
+        self.noise, self.vocab_size = noise, vocab_size
 
     def starts(self, i: int) -> NDArray[np.int64]:
         """Where the windows of micro-batch i start, those of all processes."""
@@ -103,10 +106,10 @@ class TrainBatches(Dataset[Batch]):
         return step, self.batch_size * micro, self.batch_size * (micro + 1)
 
     def noisy(self, i: int) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """Which inputs of micro-batch i another token replaces, and where in the part that stands, both (B, T)."""
+        """Which inputs of micro-batch i another token replaces, and by which, both (B, T)."""
         step, begin, end = self.rows_of_step(i)
         drawn = fractions(2 * self.block_size * end, self.seed, "noise", step).reshape(end, self.block_size, 2)[begin:]
-        return drawn[:, :, 0] < self.noise, (drawn[:, :, 1] * len(self.ids)).astype(np.int64)
+        return drawn[:, :, 0] < self.noise, (drawn[:, :, 1] * self.vocab_size).astype(np.int64)
 
     def __getitem__(self, i: int) -> Batch:
         starts = self.starts(i)
@@ -115,9 +118,8 @@ class TrainBatches(Dataset[Batch]):
         windows = self.ids[starts[mine, None] + np.arange(self.block_size + 1)].astype(np.int64)
         inputs, targets = windows[:, :-1], windows[:, 1:]
         if self.noise:
-            replaced, places = self.noisy(i)
-            inputs = inputs.copy()
-            inputs[replaced[mine]] = self.ids[places[mine][replaced[mine]]]
+            replaced, others = self.noisy(i)
+            inputs = np.where(replaced[mine], others[mine], inputs)
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
 
 

@@ -268,7 +268,7 @@ def batches(
     order: Order = "drawn",
     noise: float = 0.0,
 ) -> TrainBatches:
-    return TrainBatches(ids, 8, batch_size, accumulate, 1337, rank, world, order, noise)
+    return TrainBatches(ids, 8, batch_size, accumulate, 1337, rank, world, order, noise, 4)
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -301,15 +301,18 @@ def test_the_processes_share_one_batch(world: int, order: Order) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_noise_replaces_its_share_of_the_inputs_and_no_target(order: Order) -> None:
-    ids = np.repeat(IDS[:4], [100, 200, 300, 400])  # their frequencies
+    ids = np.repeat(IDS[:4], [100, 200, 300, 400])
     plain, noised = ([batches(ids=ids, order=order, noise=noise)[i] for i in range(60)] for noise in (0.0, 0.25))
     assert all(torch.equal(one.targets, other.targets) for one, other in zip(plain, noised, strict=True))
     before, after = (torch.cat([batch.inputs for batch in some]) for some in (plain, noised))
     changed, count = before != after, before.numel()
-    for token in range(4):  # one of its own kind may take the place of a token
-        expected, of = 0.25 * (1 - 0.1 * (token + 1)), (before == token).sum().item()
+    expected = 0.25 * 3 / 4  # one of its own kind may take the place of a token
+    for token in range(4):
+        of = (before == token).sum().item()
         share = changed[before == token].float().mean().item()
         assert abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / of), token
+        share = ((after == token) & changed).sum().item() / ((before != token).sum().item())
+        assert share == pytest.approx(0.25 / 4, rel=0.1), "each as likely"
     assert abs(changed.float().mean(0) - changed.float().mean()).max() < 5 * math.sqrt(0.25 / (count / 8)), "anywhere"
     assert not torch.equal(changed[:64], changed[64:128]), "each step has its own"
     assert torch.equal(noised[7].inputs, batches(ids=ids, order=order, noise=0.25)[7].inputs)
