@@ -67,8 +67,8 @@ class TrainBatches(Dataset[Batch]):
         rank: Number of this process.
         world: Number of processes.
         order: drawn, windows start anywhere, with replacement; or epochs, see `epoch_starts`.
-        noise: Share of the inputs in whose place stands a token of the vocabulary, each as likely, so that no text can be
-            learned by heart (after Xie et al., arXiv 1703.02573). Targets are as they are.
+        noise: Share of the inputs in whose place stands a token of the vocabulary, each as likely, so that the text is
+            not learned by heart (after Xie et al., arXiv 1703.02573). Targets are as they are.
         vocab_size: Tokens of which noise is made.
     """
 
