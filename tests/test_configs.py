@@ -249,7 +249,7 @@ def test_the_journey_is_what_it_was() -> None:
 
 CAME_LATER = {
     "optimizer": "adamw", "muon_lr": MUON_LR, "tied_head": True, "zero_init": False, "conv_width": 0,
-    "settings.data.order": "drawn",
+    "settings.data.order": "drawn", "settings.data.noise": 0.0,
 }  # fmt: skip
 """Options that the seed document does not know, as they must stand for its runs."""
 
