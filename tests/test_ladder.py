@@ -90,12 +90,17 @@ def test_a_step_is_trained_and_loaded(minigpt: Callable[..., Outcome], tmp_path:
 
 
 def test_each_step_of_the_study_changes_what_it_names() -> None:
-    settings = [resolved(configuration.words) for configuration in STUDY.configurations.values()]
+    found = {name: resolved(configuration.words) for name, configuration in STUDY.configurations.items()}
+    large = found.pop("dense_as_large")  # beside the steps, which are nine
+    assert {line.partition(":")[0] for line in differs(found["context"], large)} == {"model.ffn_mult"}
+    width, experts = large["model"]["init_args"]["ffn_mult"], found["experts_learning"]["model"]["init_args"]
+    assert width == experts["ffn_mult"] * experts["n_experts"]
+    settings = list(found.values())
     assert len(settings) == 9
     assert {one["trainer"]["max_steps"] for one in settings} == {2000}
     tokens = {one["data"]["batch_size"] * one["model"]["init_args"]["block_size"] for one in settings}
     assert len(tokens) == 1
-    names = list(STUDY.configurations)
+    names = list(found)
     changes = {
         name: {line.partition(":")[0] for line in differs(was, now)}
         for name, was, now in zip(names[1:], settings[:-1], settings[1:], strict=True)
