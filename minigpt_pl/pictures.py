@@ -108,20 +108,33 @@ def differences(report: Findings, figure: Figure) -> bool:
 
 
 def experts(report: Findings, figure: Figure) -> bool:
-    """The share of each expert at each check of the first seed, a colour a layer."""
-    moes = [group for group in report.ranked() if group.has_experts]
-    panels = figure.subplots(1, max(1, len(moes)), sharey=True, squeeze=False)[0]
-    for axes, group in zip(panels, moes, strict=False):
-        figures = group.results[0].figures("train")
-        for name, values in figures.items():
-            if name.startswith("moe/load_"):
-                layer = name.removeprefix("moe/load_").split("_")[0]
-                axes.plot(figures["step"], values, color=f"C{layer}" if layer.isdigit() else "C0", linewidth=0.8)
-        labelled(axes, "step", "", group.results[0].folder.name)
+    """The load of each expert (of many: of the most and least loaded) at each check of the first seed, a row each."""
+    results = [group.results[0] for group in report.ranked() if group.has_experts]
+    shown = [(result, loads) for result in results if (loads := loads_of(result))]
+    panels = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
+    for axes, (result, loads) in zip(panels, shown, strict=False):
+        layers = [name.split("_")[0] for name in loads]
+        shares = np.array([*loads.values()]) * result.settings["model"]["init_args"]["n_experts"]
+        steps, rows = result.figures("train")["step"], range(len(layers))
+        colors = axes.pcolormesh(steps, rows, shares, cmap="RdBu_r", vmin=0, vmax=2, shading="nearest")
+        begins = [layers.index(layer) for layer in dict.fromkeys(layers)]
+        axes.hlines([begin - 0.5 for begin in begins[1:]], *axes.get_xlim(), color="0.2", linewidth=0.8)
+        axes.set_yticks(begins, [layers[begin] for begin in begins])
+        axes.invert_yaxis()
+        labelled(axes, "step", "layer", result.folder.name)
         axes.title.set_fontsize(8)
-    panels[0].set_ylabel("share of the tokens")
-    figure.suptitle("Load of each expert, a colour for each layer", fontsize=10)
-    return bool(moes)
+    if shown:
+        bar = figure.colorbar(colors, ax=panels, extend="max")
+        bar.set_label("tokens, in units of an equal share", fontsize=9)
+        bar.ax.tick_params(labelsize=8)
+        figure.suptitle("Load of the experts of each layer, a row each", fontsize=10)
+    return bool(shown)
+
+
+def loads_of(result: Result) -> dict[str, Any]:
+    """Shares of the tokens at each check, by layer and expert."""
+    figures, prefix = result.figures("train"), "moe/load_"
+    return {name.removeprefix(prefix): values for name, values in figures.items() if name.startswith(prefix)}
 
 
 def positions(report: Findings, figure: Figure) -> bool:
