@@ -25,6 +25,8 @@ TALLEST = 1.2
 """Nats per character above the lowest that the learning curves show."""
 BINS = 16
 """Of positions, growing with them."""
+LOAD = "moe/load_"
+"""What columns of metrics.csv begin with: then follow the layer and the expert, or which of them it is."""
 
 
 def draw(report: Findings) -> Iterator[str]:
@@ -110,13 +112,15 @@ def differences(report: Findings, figure: Figure) -> bool:
 def experts(report: Findings, figure: Figure) -> bool:
     """The load of each expert (of many: of the most and least loaded) at each check of the first seed, a row each."""
     results = [group.results[0] for group in report.ranked() if group.has_experts]
-    shown = [(result, loads) for result in results if (loads := loads_of(result))]
+    shown = [(result, figures) for result in results if (figures := result.figures("train"))]  # a short run logs none
     panels = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
-    for axes, (result, loads) in zip(panels, shown, strict=False):
+    for axes, (result, figures) in zip(panels, shown, strict=False):
+        loads = {name.removeprefix(LOAD): values for name, values in figures.items() if name.startswith(LOAD)}
         layers = [name.split("_")[0] for name in loads]
         shares = np.array([*loads.values()]) * result.settings["model"]["init_args"]["n_experts"]
-        steps, rows = result.figures("train")["step"], range(len(layers))
-        colors = axes.pcolormesh(steps, rows, shares, cmap="RdBu_r", vmin=0, vmax=2, shading="nearest")
+        colors = axes.pcolormesh(
+            figures["step"], range(len(layers)), shares, cmap="RdBu_r", vmin=0, vmax=2, shading="nearest"
+        )
         begins = [layers.index(layer) for layer in dict.fromkeys(layers)]
         axes.hlines([begin - 0.5 for begin in begins[1:]], *axes.get_xlim(), color="0.2", linewidth=0.8)
         axes.set_yticks(begins, [layers[begin] for begin in begins])
@@ -129,12 +133,6 @@ def experts(report: Findings, figure: Figure) -> bool:
         bar.ax.tick_params(labelsize=8)
         figure.suptitle("Load of the experts of each layer, a row each", fontsize=10)
     return bool(shown)
-
-
-def loads_of(result: Result) -> dict[str, Any]:
-    """Shares of the tokens at each check, by layer and expert."""
-    figures, prefix = result.figures("train"), "moe/load_"
-    return {name.removeprefix(prefix): values for name, values in figures.items() if name.startswith(prefix)}
 
 
 def positions(report: Findings, figure: Figure) -> bool:

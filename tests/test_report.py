@@ -18,7 +18,7 @@ from conftest import PROJECT, Outcome
 from matplotlib.figure import Figure
 
 from minigpt_pl.findings import Findings
-from minigpt_pl.pictures import curves, draw
+from minigpt_pl.pictures import curves, draw, experts
 from minigpt_pl.plans import STUDY, resolved
 from minigpt_pl.report import index, short
 from minigpt_pl.results import Result, Scores
@@ -155,6 +155,33 @@ def test_seeds_and_text_speak_of_the_same_pairs(made: Path, tmp_path: Path) -> N
     assert found.over_seeds.interval is not None
     assert found.over_text is not None
     assert found.over_text.mean == pytest.approx(found.over_seeds.interval.mean, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("loads", "layers"),
+    [("0_0 0_1 1_0 1_1", ["0", "1"]), ("0_max 0_min 2_max 2_min", ["0", "2"]), ("max min", ["max", "min"])],
+)
+def test_an_expert_of_twice_its_share_stands_in_its_row_as_two(loads: str, layers: list[str], tmp_path: Path) -> None:
+    """Where experts are many, their extremes are drawn in their place."""
+    leave(tmp_path, "sparse", 0, 1.0, "-c moe")
+    names = loads.split()
+    table = [",".join(["step", "part", *(f"moe/load_{name}" for name in names)])]
+    table += [",".join([step, "train", "0.5", *["0.25" for _ in names[1:]]]) for step in ("100", "200")]
+    (tmp_path / "runs" / "sparse-0" / "metrics.csv").write_text("\n".join(table) + "\n")
+    (tmp_path / STUDY).write_text("runs: {sparse: -c moe}\n")
+    figure = Figure()
+    assert experts(Findings(tmp_path), figure)
+    panel = figure.axes[0]
+    assert panel.collections[0].get_array().tolist() == [[2, 2], *[[1, 1] for _ in names[1:]]]
+    assert [label.get_text() for label in panel.get_yticklabels()] == layers
+
+
+def test_experts_of_a_run_too_short_to_log_them_are_not_drawn(tmp_path: Path) -> None:
+    leave(tmp_path, "sparse", 0, 1.0, "-c moe")
+    metrics = tmp_path / "runs" / "sparse-0" / "metrics.csv"
+    metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if ",train," not in line))
+    (tmp_path / STUDY).write_text("runs: {sparse: -c moe}\n")
+    assert not experts(Findings(tmp_path), Figure())
 
 
 def test_floors_of_another_text_are_not_shown(made: Path, tmp_path: Path) -> None:
