@@ -11,8 +11,8 @@ from conftest import TINY, Outcome
 import minigpt_pl
 from minigpt_pl import generate, load_checkpoint, score
 from minigpt_pl.__main__ import main
-from minigpt_pl.api import Loaded
-from minigpt_pl.errors import InputError
+from minigpt_pl.api import LoadedModel
+from minigpt_pl.runtime.errors import UserError
 
 TEXT = "".join(f"line {i}: the sea comes in,\n the 海 goes öut 🌊.\n" for i in range(60))
 VAL = TEXT[int(0.9 * len(TEXT)) :]
@@ -38,12 +38,12 @@ def best(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def loaded(best: Path) -> Loaded:
+def loaded(best: Path) -> LoadedModel:
     return load_checkpoint(best)
 
 
 def test_the_score_of_the_val_part_is_what_validate_finds(
-    best: Path, loaded: Loaded, minigpt: Callable[..., Outcome]
+    best: Path, loaded: LoadedModel, minigpt: Callable[..., Outcome]
 ) -> None:
     scores = score(loaded, VAL)
     figures = {
@@ -58,7 +58,7 @@ def test_the_score_of_the_val_part_is_what_validate_finds(
     assert nats == pytest.approx(figures["val/bits_per_byte"] * math.log(2) * len(text.encode()), rel=1e-5)
 
 
-def test_a_score_is_the_likelihood_of_a_token_given_those_before_it_in_its_window(loaded: Loaded) -> None:
+def test_a_score_is_the_likelihood_of_a_token_given_those_before_it_in_its_window(loaded: LoadedModel) -> None:
     ids = loaded.tokenizer.encode(TEXT[:300])
     window = torch.from_numpy(ids.astype("int64"))[: loaded.model.block_size]
     with torch.no_grad():
@@ -70,12 +70,12 @@ def test_a_score_is_the_likelihood_of_a_token_given_those_before_it_in_its_windo
 
 
 @pytest.mark.parametrize("text", ["", "l"])
-def test_a_text_of_no_more_than_a_token_has_nothing_to_score(loaded: Loaded, text: str) -> None:
+def test_a_text_of_no_more_than_a_token_has_nothing_to_score(loaded: LoadedModel, text: str) -> None:
     assert score(loaded, text) == []
 
 
 @pytest.mark.parametrize("prompt", ["the sea", ""])
-def test_generate_is_predict(best: Path, loaded: Loaded, minigpt: Callable[..., Outcome], prompt: str) -> None:
+def test_generate_is_predict(best: Path, loaded: LoadedModel, minigpt: Callable[..., Outcome], prompt: str) -> None:
     options = {"max_new_tokens": 70, "temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 3, "num_samples": 2}
     words = [f"--sample.{name}={value}" for name, value in options.items()]
     shown = minigpt("predict", "--ckpt_path", best, "--sample.prompt", prompt, *words)
@@ -96,9 +96,9 @@ def test_five_lines_are_enough(best: Path, capsys: pytest.CaptureFixture[str]) -
     assert float(nats) > 0
 
 
-def test_what_the_model_never_saw_is_named(loaded: Loaded) -> None:
+def test_what_the_model_never_saw_is_named(loaded: LoadedModel) -> None:
     for use in (generate, score):
-        with pytest.raises(InputError, match="never saw 'Z'"):
+        with pytest.raises(UserError, match="never saw 'Z'"):
             use(loaded, "Z")
 
 
@@ -107,5 +107,5 @@ def test_a_tokenizer_that_was_exchanged_is_noticed(best: Path, tmp_path: Path) -
     text = saved["TextDataModule"]
     text["tokenizer"] = text["tokenizer"].replace("s", "S")
     torch.save(saved, tmp_path / "other.ckpt")
-    with pytest.raises(InputError, match="tokenizer differs from its hash"):
+    with pytest.raises(UserError, match="tokenizer differs from its hash"):
         load_checkpoint(tmp_path / "other.ckpt")

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import yaml
 from conftest import PROJECT, Outcome
-from curve import PICTURE, draw
+from learning_curve import PICTURE, draw
 
-from minigpt_pl.errors import InputError, is_first_process
-from minigpt_pl.floors import floors
-from minigpt_pl.helptext import KINDS, kind
-from minigpt_pl.run_dir import choose
-from minigpt_pl.settings import CONFIGS, Setting, catalogue, leaves, plain_name
+from minigpt_pl.checkpoint.run_dir import resolve_run_dir
+from minigpt_pl.cli.help import METAVARS, metavar
+from minigpt_pl.cli.options import CONFIGS, OptionSpec, flatten, option_name, option_specs
+from minigpt_pl.data.baselines import compute_baselines
+from minigpt_pl.runtime.errors import UserError, is_rank_zero
 
 PAGES = sorted(PROJECT.glob("docs/*.md"))
 CONFIGURATION = PROJECT / "docs" / "configuration.md"
@@ -57,7 +57,7 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     Raises:
         InputError: If it would be refused.
     """
-    from minigpt_pl.cli import MiniGPTCLI
+    from minigpt_pl.cli.app import MiniGPTCLI
 
     class Parsed(Exception):
         pass
@@ -108,7 +108,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "4",
         "--data.eval_every",
         "4",
-        "--model.conv_width",
+        "--model.conv_kernel_size",
         "0",
     )
     assert main(["fit", *words, "--data.path", str(folder / "my.txt"), "--run_dir", str(folder / "run")]) == 0
@@ -131,8 +131,8 @@ def test_export_and_floors_run(minigpt: Callable[..., Outcome], trained: Path, t
 
 
 def test_studies_of_a_page_can_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minigpt_pl.plans import STUDY, find_study, plan, read_study
-    from minigpt_pl.study import parser_of
+    from minigpt_pl.experiments.runner import parser_of
+    from minigpt_pl.experiments.spec import STUDY_FILE, find_study, plan, read_study
 
     monkeypatch.chdir(tmp_path)
     page = (PROJECT / "docs" / "study.md").read_text("utf-8")
@@ -144,7 +144,7 @@ def test_studies_of_a_page_can_be_planned(tmp_path: Path, monkeypatch: pytest.Mo
             study = read_study(find_study(said.file))
             assert plan(study, Path("out"), Path("runs"), said.seeds, said.only)
         elif command == "report":
-            assert (PROJECT / words[0] / STUDY).is_file(), words
+            assert (PROJECT / words[0] / STUDY_FILE).is_file(), words
 
 
 def test_the_sweep_calls_our_command_line(
@@ -153,8 +153,8 @@ def test_the_sweep_calls_our_command_line(
     """Its command as the agent would fill it in, --NAME=VALUE for each parameter: run, but offline and small."""
     import wandb
 
-    from minigpt_pl.checkpoint import read_checkpoint
-    from minigpt_pl.summary import RunSummary
+    from minigpt_pl.checkpoint.io import read_checkpoint
+    from minigpt_pl.training.summary import RunSummary
 
     sweep = yaml.safe_load((PROJECT / "docs" / "wandb-sweep.yaml").read_text("utf-8"))
     arguments = [f"--{name}={found['values'][0]}" for name, found in sweep["parameters"].items()]
@@ -220,14 +220,14 @@ def test_tests_that_a_page_names_exist() -> None:
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK"])
 def test_of_processes_started_side_by_side_one_is_the_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun, SLURM and Lightning on a second node each say in their own variable which process this is."""
-    for other in ("LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK", "MINIGPT_RUN_DIR", "MINIGPT_GOES_ON"):
+    for other in ("LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK", "MINIGPT_RUN_DIR", "MINIGPT_RESUMING"):
         monkeypatch.delenv(other, raising=False)
-    assert is_first_process()
+    assert is_rank_zero()
     monkeypatch.setenv(name, "1")
-    assert not is_first_process()
-    assert choose("runs/x", None, "ModernLM") == (Path("runs/x"), False)
-    with pytest.raises(InputError, match="give --run_dir"):
-        choose("", None, "ModernLM")
+    assert not is_rank_zero()
+    assert resolve_run_dir("runs/x", None, "ModernLM") == (Path("runs/x"), False)
+    with pytest.raises(UserError, match="give --run_dir"):
+        resolve_run_dir("", None, "ModernLM")
 
 
 @pytest.mark.parametrize(("mark", "count"), [("TORCHELASTIC_RUN_ID", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
@@ -238,12 +238,12 @@ def test_the_first_of_several_says_that_they_need_a_place(
     monkeypatch.delenv("MINIGPT_RUN_DIR", raising=False)
     monkeypatch.setenv(mark, "0")
     monkeypatch.setenv(count, "2")
-    assert is_first_process()
-    with pytest.raises(InputError, match="give --run_dir"):
-        choose("", None, "ModernLM")
-    assert choose("runs/x", None, "ModernLM") == (Path("runs/x"), False)
+    assert is_rank_zero()
+    with pytest.raises(UserError, match="give --run_dir"):
+        resolve_run_dir("", None, "ModernLM")
+    assert resolve_run_dir("runs/x", None, "ModernLM") == (Path("runs/x"), False)
     monkeypatch.setenv(count, "1")
-    assert choose("", None, "ModernLM")[0].parent == Path("runs")
+    assert resolve_run_dir("", None, "ModernLM")[0].parent == Path("runs")
 
 
 def labels(picture: Path) -> set[str]:
@@ -252,7 +252,9 @@ def labels(picture: Path) -> set[str]:
 
 
 def expected_labels(text: str, best: float) -> set[str]:
-    values = {name: figures["nats_per_char"] for name, figures in floors(text).items()} | {"this model": best}
+    values = {name: figures["nats_per_char"] for name, figures in compute_baselines(text).items()} | {
+        "this model": best
+    }
     return {f"{name} {value:.3f}" for name, value in values.items()}
 
 
@@ -293,17 +295,20 @@ Written by `python tests/test_docs.py` from the parser.
 def configuration() -> str:
     """docs/configuration.md, from what the parser knows."""
     defaults: dict[str, Any] = {
-        plain_name(name): value for name, value in leaves(yaml.safe_load((CONFIGS / "default.yaml").read_text("utf-8")))
+        option_name(name): value
+        for name, value in flatten(yaml.safe_load((CONFIGS / "default.yaml").read_text("utf-8")))
     }
-    known: dict[str, tuple[Setting, list[str]]] = {}
+    known: dict[str, tuple[OptionSpec, list[str]]] = {}
     for command in COMMANDS:
-        for name, setting in catalogue(command).items():
+        for name, setting in option_specs(command).items():
             known.setdefault(name, (setting, []))[1].append(command)
     lines = HEAD.splitlines()
     for name, (setting, where) in known.items():
         default = defaults.get(name, setting.default)
-        shown = "-" if default is Setting._field_defaults["default"] or default in ("", None) else f"`{plain(default)}`"
-        value = (KINDS.get(name) if name in KINDS else kind(setting.type)) or "-"
+        shown = (
+            "-" if default is OptionSpec._field_defaults["default"] or default in ("", None) else f"`{plain(default)}`"
+        )
+        value = (METAVARS.get(name) if name in METAVARS else metavar(setting.type)) or "-"
         text = f"{setting.only}: {setting.help}" if setting.only else in_our_words(setting.help)
         commands_ = "all" if len(where) == len(COMMANDS) else ", ".join(where)
         cells = [f"`--{name}`", value, shown, commands_, text]

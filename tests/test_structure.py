@@ -1,7 +1,10 @@
-"""Laws of the package's shape, read from its source: who may import whom, and what importing it costs."""
+"""Laws of the package's structure, read from its source: which room may import which, and what importing costs.
+
+The table is the one in docs/architecture.md.
+"""
 
 import ast
-import inspect
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -10,86 +13,27 @@ from pathlib import Path
 import pytest
 
 import minigpt_pl
-from minigpt_pl.models import ModernGPT
 
 PACKAGE = Path(minigpt_pl.__file__).parent
-SOURCES = {path.stem: ast.parse(path.read_text("utf-8")) for path in PACKAGE.glob("*.py")}
+SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text("utf-8")) for path in PACKAGE.rglob("*.py")}
+MAX_LINES = 300
 
-LIGHT = {"errors", "files", "signals"}
 MAY_IMPORT = {
-    "errors": "",
-    "files": "",
-    "signals": "",
-    "randomness": "",
-    "statistics": "",
-    # models
-    "dropout": "",
-    "attention": "dropout",
-    "layers": "attention dropout",
-    "moe": "layers",
-    "convolution": "attention",
-    "models": "attention convolution dropout layers moe",
-    "ladder": "attention layers models",
-    "decoding": "attention convolution layers models moe",
-    "generation": "decoding models randomness",
-    "optim": "",
-    # text
-    "text": "",
-    "tokenizer": "text",
-    "tokens": "text tokenizer",
-    "windows": "randomness tokens",
-    "data": "text tokenizer tokens windows",
-    # runs
-    "checkpoint": "",
-    "vetting": "",
-    "modules": "checkpoint generation ladder models moe optim vetting",
-    "callbacks": "randomness",
-    "samples": "callbacks generation",
-    "stopping": "callbacks",
-    "saving": "callbacks checkpoint",
-    "summary": "callbacks stopping",
-    "loggers": "checkpoint floors samples summary",
-    "run_dir": "checkpoint",
-    # commands
-    "settings": "data generation loggers modules samples stopping",
-    "mistakes": "modules settings",
-    "helptext": "settings",
-    "training": "callbacks checkpoint data loggers modules run_dir saving stopping summary",
-    "cli": "checkpoint data generation helptext loggers mistakes modules run_dir samples settings stopping summary "
-    "training vetting",
-    "api": "checkpoint generation models modules tokenizer windows",
-    "floors": "data",
-    "export": "attention checkpoint models modules moe tokenizer",
-    "results": "checkpoint data generation models modules settings summary",
-    "plans": "checkpoint cli data results settings statistics summary text tokens",
-    "findings": "plans results statistics",
-    "pictures": "findings results",
-    "report": "findings pictures plans results statistics",
-    "study": "checkpoint findings floors helptext loggers plans report results",
-    "doctor": "cli data floors helptext loggers mistakes models modules optim summary windows",
-    "__main__": "cli doctor export floors report study",  # by their names, when a command needs them
-    "__init__": "api",
+    "runtime": set(),
+    "models": set(),
+    "data": {"runtime"},
+    "checkpoint": {"runtime"},
+    "generation": {"models", "runtime"},
+    "training": {"runtime", "models", "data", "checkpoint", "generation"},
+    "cli": {"runtime", "models", "data", "checkpoint", "generation", "training"},
+    "experiments": {"runtime", "models", "data", "checkpoint", "generation", "training", "cli"},
 }
-"""The package's files, and which others each may import besides the light ones, which all may.
+"""The rooms, and which others each may import. __init__, __main__ and api stand above them."""
 
-Models and text meet in rooms of commands alone.
-"""
-
-MODELS = {
-    "dropout",
-    "attention",
-    "layers",
-    "moe",
-    "convolution",
-    "models",
-    "ladder",
-    "decoding",
-    "generation",
-    "optim",
-    "modules",
-}
-TEXTS = {"text", "tokenizer", "tokens", "windows", "data"}
-PURE = MODELS - {"modules"} | TEXTS - {"data"} | LIGHT | {"randomness", "statistics"}
+FRAMEWORKS = {"lightning", "pytorch_lightning", "wandb"}
+MAY_USE_FRAMEWORKS = {"data/datamodule.py", "checkpoint/io.py"}
+"""Of the rooms below training."""
+PLAIN_ROOMS = {"runtime", "models", "data", "checkpoint", "generation"}
 HEAVY = {"torch", "lightning", "numpy", "wandb", "jsonargparse", "yaml", "tokenizers", "torchmetrics"}
 
 
@@ -102,78 +46,87 @@ def imports(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Constant) and node.value in {f"minigpt_pl.{room}" for room in SOURCES}:
-            found.add(node.value)  # imported by its name later
     return found
 
 
-def own_imports(room: str) -> set[str]:
+def own_imports(file: str) -> set[str]:
     """The files of the package that one of them imports."""
-    parts = [name.split(".") for name in imports(SOURCES[room])]
-    return {(part[1] if part[1] in SOURCES else "__init__") for part in parts if part[0] == "minigpt_pl" and part[1:]}
+    found = set()
+    for name in imports(SOURCES[file]):
+        parts = name.split(".")
+        if parts[0] == "minigpt_pl" and len(parts) > 1:
+            candidates = ("/".join(parts[1:3]) + ".py", f"{parts[1]}.py", "__init__.py")
+            found.add(next(path for path in candidates if path in SOURCES))
+    return found - {"__init__.py"}
 
 
-@pytest.mark.parametrize("room", sorted(SOURCES))
-def test_a_file_imports_what_the_table_allows(room: str) -> None:
-    assert room in MAY_IMPORT, f"{room}.py is new: say in the table what it may import"
-    assert own_imports(room) <= LIGHT - {room} | set(MAY_IMPORT[room].split())
-    if room == "errors":
-        assert not own_imports(room)
+def forbidden_imports(file: str) -> set[str]:
+    """What a file of a room imports from rooms that its own may not import."""
+    room = file.split("/")[0]
+    return {other for other in own_imports(file) if other.split("/")[0] not in MAY_IMPORT[room] | {room}}
 
 
-def test_the_table_names_files_that_exist_and_runs_one_way() -> None:
-    assert MAY_IMPORT.keys() == SOURCES.keys()
-    order = list(TopologicalSorter({room: names.split() for room, names in MAY_IMPORT.items()}).static_order())
-    assert order.index("layers") < order.index("models") < order.index("modules") < order.index("cli")
+ROOM_FILES = sorted(file for file in SOURCES if "/" in file)
 
 
-def reach(room: str) -> set[str]:
-    """A file and all of the package that importing it imports."""
-    return {room}.union(*map(reach, own_imports(room)))
+def test_the_rooms_are_those_of_the_table() -> None:
+    assert {file.split("/")[0] for file in ROOM_FILES} == MAY_IMPORT.keys()
+    assert set(SOURCES) - set(ROOM_FILES) == {"__init__.py", "__main__.py", "api.py"}
 
 
-@pytest.mark.parametrize("room", sorted(PURE))
-def test_models_and_text_know_no_framework(room: str) -> None:
-    assert reach(room) <= PURE
-    tops = {name.split(".")[0] for name in imports(SOURCES[room])}
-    assert not tops & {"lightning", "pytorch_lightning", "wandb", "torchmetrics", "jsonargparse"}
+@pytest.mark.parametrize("file", ROOM_FILES)
+def test_a_room_imports_what_the_table_allows(file: str) -> None:
+    assert forbidden_imports(file) == set()
 
 
-def test_models_and_text_know_nothing_of_each_other() -> None:
-    assert not set().union(*map(reach, MODELS)) & TEXTS
-    assert not set().union(*map(reach, TEXTS)) & MODELS
+def test_a_forbidden_import_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = ast.parse("from minigpt_pl.training.optim import build_optimizer")
+    monkeypatch.setitem(SOURCES, "models/gpt.py", planted)
+    assert forbidden_imports("models/gpt.py") == {"training/optim.py"}
 
 
-@pytest.mark.parametrize("room", sorted(SOURCES))
-def test_a_file_says_what_lives_there(room: str) -> None:
-    text = ast.get_docstring(SOURCES[room]) or ""
-    assert text.splitlines()[:1], f"{room}.py has no docstring"
-    assert text.splitlines()[0].endswith((".", "?", ";")), f"{room}.py: a sentence"
+def test_files_import_one_way() -> None:
+    list(TopologicalSorter({file: own_imports(file) for file in SOURCES}).static_order())
 
 
-@pytest.mark.parametrize("room", sorted(SOURCES))
-def test_importing_a_file_does_no_work(room: str) -> None:
+@pytest.mark.parametrize("file", [file for file in ROOM_FILES if file.split("/")[0] in PLAIN_ROOMS])
+def test_models_data_and_generation_know_no_framework(file: str) -> None:
+    used = {name.split(".")[0] for name in imports(SOURCES[file])}
+    assert file in MAY_USE_FRAMEWORKS or not used & FRAMEWORKS
+
+
+@pytest.mark.parametrize("file", sorted(SOURCES))
+def test_a_file_says_what_lives_there_and_is_short(file: str) -> None:
+    text = ast.get_docstring(SOURCES[file]) or ""
+    assert text.split("\n\n")[0].endswith("."), f"{file}: its docstring begins with a sentence"
+    assert len((PACKAGE / file).read_text("utf-8").splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("file", sorted(SOURCES))
+def test_importing_a_file_does_no_work(file: str) -> None:
     """At top level stand definitions, constants and imports: no call for its effect, no loop."""
-    for node in SOURCES[room].body:
+    for node in SOURCES[file].body:
         called = isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
-        assert not called, f"{room}.py:{node.lineno}"
-        assert not isinstance(node, (ast.For, ast.While, ast.With)), f"{room}.py:{node.lineno}"
+        assert not called, f"{file}:{node.lineno}"
+        assert not isinstance(node, (ast.For, ast.While, ast.With)), f"{file}:{node.lineno}"
 
 
 def test_no_file_is_for_odds_and_ends() -> None:
-    assert not SOURCES.keys() & {"utils", "util", "common", "helpers", "misc", "tools"}
+    assert not {Path(file).stem for file in SOURCES} & {"utils", "util", "common", "helpers", "misc", "tools"}
+
+
+def test_the_table_in_the_docs_is_this_one() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)/` \|.*\| ([^|]*) \|$", page, re.MULTILINE)
+    assert {room: set(re.findall(r"\w+", cell)) for room, cell in rows} == MAY_IMPORT
 
 
 def test_the_package_and_its_list_of_commands_import_nothing_heavy() -> None:
     code = (
-        "import sys, minigpt_pl, minigpt_pl.errors, minigpt_pl.signals, minigpt_pl.__main__ as m; m.main(['--help'])\n"
-        "print('imported:', *{name.split('.')[0] for name in sys.modules})"
+        "import sys, minigpt_pl, minigpt_pl.runtime.errors, minigpt_pl.runtime.signals, minigpt_pl.__main__ as m\n"
+        "m.main(['--help']); print('imported:', *{name.split('.')[0] for name in sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     text, _, imported = done.stdout.partition("imported:")
     assert "usage: minigpt" in text
     assert not HEAVY & set(imported.split())
-
-
-def test_the_modern_model_stays_small_enough_to_read() -> None:
-    assert len(inspect.signature(ModernGPT.__init__).parameters) - 1 <= 16

@@ -9,11 +9,11 @@ import torch
 from benchmarks.measuring import Report
 
 from minigpt_pl.__main__ import main
-from minigpt_pl.callbacks import SeedSteps
-from minigpt_pl.checkpoint import AtomicCheckpointIO
-from minigpt_pl.cli import MiniGPTCLI
-from minigpt_pl.saving import LastCheckpoint
-from minigpt_pl.stopping import StopTraining
+from minigpt_pl.checkpoint.io import AtomicCheckpointIO
+from minigpt_pl.cli.app import MiniGPTCLI
+from minigpt_pl.training.callbacks import StepSeeder
+from minigpt_pl.training.checkpointing import LastCheckpoint
+from minigpt_pl.training.stopping import GracefulStop
 
 pytestmark = pytest.mark.bench
 STEPS = 200  # saves and checks are as dense in them as in the whole default run
@@ -41,8 +41,8 @@ def test_crash_safety(report: Report, tmp_path: Path, monkeypatch: pytest.Monkey
                 if name == "off":
                     patch.setattr(LastCheckpoint, "_save", lambda self, trainer: None)
                     patch.setattr(AtomicCheckpointIO, "save_checkpoint", plain_save)
-                    patch.setattr(StopTraining, "_look", lambda self, trainer, pl_module: None)
-                    patch.setattr(SeedSteps, "on_train_batch_start", lambda *_: None)
+                    patch.setattr(GracefulStop, "_look", lambda self, trainer, pl_module: None)
+                    patch.setattr(StepSeeder, "on_train_batch_start", lambda *_: None)
                 found[name].append(seconds(tmp_path / f"{name}-{turn}"))
     slower = sorted(on / off - 1 for on, off in zip(found["on"], found["off"], strict=True))
     note = f"slower by {slower[len(slower) // 2]:+.2%} [{slower[0]:+.2%} ... {slower[-1]:+.2%}]"

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.measuring import Report
 
 pytestmark = pytest.mark.bench
-PLAIN = ("--model.block_size", "128", "--model.conv_width", "0", "--model.optimizer", "adamw")
+PLAIN = ("--model.block_size", "128", "--model.conv_kernel_size", "0", "--model.optimizer", "adamw")
 QUIET = ("--samples", "null", "--wandb", "null", "--data.eval_every", "1000", "--data.max_eval_tokens", "2048")
 RIVALS = {"two processes": ("--trainer.strategy", "ddp", "--trainer.devices", "2"), "one process": ()}
 

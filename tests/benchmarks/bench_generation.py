@@ -7,7 +7,7 @@ import torch
 from benchmarks.bench_training import VOCAB, ours, seeds
 from benchmarks.measuring import Report, interleaved
 
-from minigpt_pl.generation import Sampling, generate
+from minigpt_pl.generation.generate import SamplingConfig, generate
 
 pytestmark = pytest.mark.bench
 TOKENS = 300
@@ -21,8 +21,8 @@ def test_one_stream(report: Report, nanogpt: ModuleType | None, hugging_face: Mo
     moe, dense, seed = ours(4).eval(), ours(0).eval(), seeds(4).eval()
     start = torch.zeros(1, 1, dtype=torch.long)
     rivals = {
-        "ours, MoE": lambda: list(generate(moe, [0], Sampling(max_new_tokens=TOKENS))),
-        "ours, dense twin": lambda: list(generate(dense, [0], Sampling(max_new_tokens=TOKENS))),
+        "ours, MoE": lambda: list(generate(moe, [0], SamplingConfig(max_new_tokens=TOKENS))),
+        "ours, dense twin": lambda: list(generate(dense, [0], SamplingConfig(max_new_tokens=TOKENS))),
         "seed's method, MoE": lambda: seed.generate(start, TOKENS),
     }
     if nanogpt is not None:
@@ -46,7 +46,7 @@ def test_one_stream(report: Report, nanogpt: ModuleType | None, hugging_face: Mo
 def test_many_streams(report: Report) -> None:
     moe = ours(4).eval()
     rivals = {
-        "ours, MoE, 32 streams": lambda: list(generate(moe, [0], Sampling(max_new_tokens=TOKENS, num_samples=32)))
+        "ours, MoE, 32 streams": lambda: list(generate(moe, [0], SamplingConfig(max_new_tokens=TOKENS, num_samples=32)))
     }
     report.add(
         "32 streams of 300 tokens together",
@@ -58,7 +58,7 @@ def test_many_streams(report: Report) -> None:
 def test_time_per_token_does_not_grow(report: Report) -> None:
     moe = ours(4).eval()
     rivals = {
-        f"{count} tokens": lambda count=count: list(generate(moe, [0], Sampling(max_new_tokens=count)))
+        f"{count} tokens": lambda count=count: list(generate(moe, [0], SamplingConfig(max_new_tokens=count)))
         for count in (300, 1200, 4800)
     }
     seconds = interleaved(rivals, rounds=3, warmup=1)

@@ -14,8 +14,8 @@ from benchmarks.bench_training import VOCAB, our_loss
 from benchmarks.measuring import Report
 from torch import Tensor, nn
 
-from minigpt_pl.models import GPT, ClassicGPT, ModernGPT
-from minigpt_pl.optim import build_optimizer
+from minigpt_pl.models.gpt import GPT, ClassicGPT, ModernGPT
+from minigpt_pl.training.optim import build_optimizer
 
 pytestmark = pytest.mark.bench
 SIZES = {"block_size": 256, "vocab_size": VOCAB, "n_layer": 6, "n_head": 6, "n_embd": 384, "dropout": 0.2}
@@ -46,7 +46,7 @@ def trainer(model: nn.Module, loss_of: Callable[[Any, Tensor, Tensor], Tensor]) 
 
 def modern(n_experts: int) -> ModernGPT:
     experts: dict[str, Any] = {"n_experts": n_experts, "moe_top_k": 1, "moe_gate": "softmax_all"}
-    plain: dict[str, Any] = {"tied_head": True, "zero_init": False, "conv_width": 0}
+    plain: dict[str, Any] = {"tie_embeddings": True, "zero_init": False, "conv_kernel_size": 0}
     return ModernGPT(**SIZES, rope_theta=1e4, rms_norm_eps=1e-6, ffn_mult=8 / 3, **experts, **plain, seed=1)  # type: ignore[arg-type]
 
 

@@ -12,11 +12,11 @@ from benchmarks.measuring import Report
 from torch import nn
 
 from minigpt_pl.__main__ import main
-from minigpt_pl.data import FromStep, TextDataModule, TrainBatches
-from minigpt_pl.models import nll
-from minigpt_pl.modules import ModernLM
-from minigpt_pl.optim import lr_factor
-from minigpt_pl.training import Training
+from minigpt_pl.data.datamodule import ResumableSampler, TextDataModule, TrainDataset
+from minigpt_pl.models.gpt import token_cross_entropy
+from minigpt_pl.training.fit import FitRunner
+from minigpt_pl.training.lit_modules import ModernLM
+from minigpt_pl.training.optim import lr_factor
 
 pytestmark = pytest.mark.bench
 WARMUP = 5
@@ -32,13 +32,15 @@ def bare_loop(steps: int, **sizes: int) -> float:
     """Seconds a step: the same batches, model, clipping, schedule and optimizer, and nothing else."""
     model, data = default_parts(**sizes)
     optimizer = model.configure_optimizers()
-    batches = TrainBatches(data.tokens("train"), data.block_size, data.batch_size, 1, 1337, 0, 1)
-    for i, (x, y) in enumerate(torch.utils.data.DataLoader(batches, batch_size=None, sampler=FromStep(0, steps))):
+    batches = TrainDataset(data.tokens("train"), data.block_size, data.batch_size, 1, 1337, 0, 1)
+    for i, (x, y) in enumerate(
+        torch.utils.data.DataLoader(batches, batch_size=None, sampler=ResumableSampler(0, steps))
+    ):
         if i == WARMUP:
             began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = 6e-3 * lr_factor("cosine", i, steps)
-        nll(model.net(x)[0], y).mean().backward()
+        token_cross_entropy(model.net(x)[0], y).mean().backward()
         nn.utils.clip_grad_norm_(model.net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -71,7 +73,7 @@ class Plain(pl.LightningModule):
         self.model = model
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return nll(self.model.net(batch[0])[0], batch[1]).mean()
+        return token_cross_entropy(self.model.net(batch[0])[0], batch[1]).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.model.configure_optimizers()
@@ -79,8 +81,8 @@ class Plain(pl.LightningModule):
 
 def plain_trainer(steps: int, **sizes: int) -> float:
     model, data = default_parts(**sizes)
-    batches = TrainBatches(data.tokens("train"), data.block_size, data.batch_size, 1, 1337, 0, 1)
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=FromStep(0, steps))
+    batches = TrainDataset(data.tokens("train"), data.block_size, data.batch_size, 1, 1337, 0, 1)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=ResumableSampler(0, steps))
     watch = Watch()
     trainer = pl.Trainer(
         max_steps=steps, logger=False, enable_progress_bar=False, enable_checkpointing=False,
@@ -92,10 +94,10 @@ def plain_trainer(steps: int, **sizes: int) -> float:
 
 def everything(steps: int, run_dir: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> float:
     """Seconds a step of `fit` with bar, W&B, metrics.csv and checkpoints."""
-    watch, ours = Watch(), Training.callbacks
+    watch, ours = Watch(), FitRunner.callbacks
     words = ["fit", "--run_dir", str(run_dir), "--trainer.max_steps", str(steps), "--data.eval_every", str(10**6)]
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "callbacks", lambda training: [*ours(training), watch])
+        patch.setattr(FitRunner, "callbacks", lambda training: [*ours(training), watch])
         assert main([*words, "--samples", "null", "--trainer.accelerator", "cpu", *options]) == 0
     return watch.seconds
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from minigpt_pl.models import ClassicGPT, ModernGPT, nll
-from minigpt_pl.optim import build_optimizer
+from minigpt_pl.models.gpt import ClassicGPT, ModernGPT, token_cross_entropy
+from minigpt_pl.training.optim import build_optimizer
 
 pytestmark = pytest.mark.bench
 ROUNDS = 8
 VOCAB = 61
-PLAIN = {"tied_head": True, "zero_init": False, "conv_width": 0}
+PLAIN = {"tie_embeddings": True, "zero_init": False, "conv_kernel_size": 0}
 
 
 def ours(n_experts: int, gate: str = "softmax_selected") -> ModernGPT:
@@ -48,7 +48,7 @@ def stepper(
 
 def our_loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
     logits, aux = model(x)
-    return nll(logits, y).mean() + 0.0015 * aux
+    return token_cross_entropy(logits, y).mean() + 0.0015 * aux
 
 
 def seeds_loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -83,7 +83,9 @@ def test_step_of_the_classic_model(report: Report, nanogpt: ModuleType | None, h
             embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.2, bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
         gpt2 = hugging_face.GPT2LMHeadModel(config).train()
-        rivals["transformers' GPT-2"] = stepper(gpt2, lambda m, x, y: nll(m(x).logits, y).mean(), 64, 128)
+        rivals["transformers' GPT-2"] = stepper(
+            gpt2, lambda m, x, y: token_cross_entropy(m(x).logits, y).mean(), 64, 128
+        )
     report.add("training step, classic 4 x 128, 64 x 128 tokens, dropout 0.2", "s", interleaved(rivals, ROUNDS))
 
 
@@ -91,11 +93,11 @@ def bf16_loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
     """As under `--trainer.precision bf16-mixed`."""
     with torch.autocast("cpu", torch.bfloat16):
         logits, _ = model(x)
-    return nll(logits, y).mean()
+    return token_cross_entropy(logits, y).mean()
 
 
 def test_step_of_a_wide_model_in_bf16(report: Report) -> None:
-    """6 x 384 with windows of 256 and dropout, a quarter of `frontier/shakespeare`'s batch."""
+    """6 x 384 with windows of 256 and dropout, a quarter of `recipes/shakespeare`'s batch."""
     sizes = (VOCAB, 256, 6, 6, 384, 0.3, 1e4, 1e-8, 2.6667)
     wide = [ModernGPT(*sizes, 0, 1, "softmax_all", 1, **PLAIN) for _ in range(2)]  # type: ignore[arg-type]
     rivals = {

@@ -1,0 +1,1 @@
+"""A run on disk: checkpoints written atomically, read without executing anything, found, validated, locked."""

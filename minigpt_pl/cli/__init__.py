@@ -1,0 +1,1 @@
+"""The commands and their options: fit, validate, test, predict, baselines, export, doctor."""

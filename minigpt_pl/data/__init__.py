@@ -1,0 +1,1 @@
+"""From a text file to batches: corpus, tokenizer, token cache, datasets, baselines, and the LightningDataModule."""

@@ -1,0 +1,1 @@
+"""Studies: variants over seeds, their results, statistics, report and plots."""

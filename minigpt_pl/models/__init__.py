@@ -1,0 +1,1 @@
+"""The networks, in plain torch: no Lightning, no files, no text."""

@@ -1,0 +1,1 @@
+"""What must work before torch is imported: errors, signals, atomic files, seeds."""

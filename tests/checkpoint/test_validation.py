@@ -1,0 +1,287 @@
+"""Nothing in a checkpoint is executed, imported or believed: hostile files are refused in one line by every reader."""
+
+import copy
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Outcome
+from support.runs import SMALL
+
+from minigpt_pl import load_checkpoint
+from minigpt_pl.checkpoint.io import read_checkpoint, tensor_digest
+from minigpt_pl.checkpoint.validation import validate_config, validate_sizes
+from minigpt_pl.data.datamodule import TextDataModule
+from minigpt_pl.runtime.errors import UserError
+from minigpt_pl.training.lit_modules import MODELS, ClassicLM, LanguageModel, ModernLM
+
+Call = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one step."""
+    from minigpt_pl.__main__ import main
+
+    home = tmp_path_factory.mktemp("trained")
+    (home / "text.txt").write_text("the sea comes in, the sea goes out.\n" * 60, "utf-8")
+    options = ("fit", *SMALL, "--trainer.max_steps", 1, "--data.path", home / "text.txt", "--run_dir", home / "run")
+    assert main([str(word) for word in options]) == 0
+    return home / "run" / "last.ckpt"
+
+
+class Bomb:
+    """Pickled, it writes a file when it is loaded."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.mark}",)
+
+
+def rewritten(path: Path, to: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A checkpoint with something changed, and a digest that fits."""
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    checkpoint["digest"] = tensor_digest(checkpoint)
+    torch.save(checkpoint, to)
+    return to
+
+
+def everyone(minigpt: Call, path: Path, new: Path) -> list[str]:
+    """What all who read checkpoints say of this one; each refuses it in one line."""
+    said = []
+    for command in ("fit", "validate", "test", "predict"):
+        for words in (("--ckpt_path", path), ("--ckpt_path", path, "--run_dir", new))[: 2 if command == "fit" else 1]:
+            outcome = minigpt(command, *words)
+            assert outcome.status == 2, (command, outcome.err)
+            assert outcome.err.startswith("error: ")
+            assert outcome.err.count("\n") == 1
+            assert len(outcome.err) < 600
+            said.append(outcome.err)
+    for load in (ModernLM.load_from_checkpoint, LanguageModel.load_from_checkpoint, load_checkpoint):
+        with pytest.raises(UserError) as refusal:
+            load(path)
+        said.append(str(refusal.value))
+    with pytest.raises(UserError):
+        TextDataModule.load_from_checkpoint(path)
+    assert not new.exists()
+    return said
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_pickles_are_not_executed(
+    minigpt: Call, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forced: bool
+) -> None:
+    """In hyper parameters, in the state of a callback, and as the whole file, in each form that torch.load knows."""
+    if forced:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    mark = tmp_path / "executed"
+    bomb = Bomb(mark)
+    paths = [tmp_path / f"{number}.ckpt" for number in range(5)]
+    rewritten(trained, paths[0], lambda c: c.update(hyper_parameters={"vocab_size": bomb}))
+    rewritten(trained, paths[1], lambda c: c["callbacks"].update(ValLossEarlyStopping=bomb))
+    torch.save(bomb, paths[2])
+    torch.save(bomb, paths[3], _use_new_zipfile_serialization=False)
+    paths[4].write_bytes(pickle.dumps(bomb))
+    for path in paths:
+        everyone(minigpt, path, tmp_path / "new")
+        assert not mark.exists()
+    assert os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == ("1" if forced else None)
+    torch.load(paths[2], weights_only=False)
+    assert mark.exists()  # it does work
+
+
+HOSTILE: dict[str, Any] = {
+    "class": {"trainer": {"callbacks": [{"class_path": "subprocess.Popen", "init_args": {"args": "touch MARK"}}]}},
+    "class in a word": {"trainer": {"callbacks": ["antigravity.Anything"]}},
+    "plugin": {"trainer": {"plugins": [{"class_path": "evil.Plugin"}]}},
+    "strategy": {"trainer": {"strategy": "evil.Strategy"}},
+    "profiler": {"trainer": {"profiler": {"class_path": "evil.Profiler"}}},
+    "file": {"trainer": {"callbacks": "/tmp/evil.yaml"}},
+    "file in a list": {"trainer": {"callbacks": ["evil.yaml"]}},
+    "lambda": {
+        "trainer": {
+            "callbacks": [
+                {"class_path": "lightning.pytorch.callbacks.LambdaCallback", "init_args": {"on_fit_start": "os.abort"}}
+            ]
+        }
+    },
+    "lambda of ours": {
+        "trainer": {
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.LambdaCallback",
+                    "init_args": {"on_fit_start": "minigpt_pl.runtime.signals.os.abort"},
+                }
+            ]
+        }
+    },
+    "what a trusted module imports": {"trainer": {"callbacks": [{"class_path": "minigpt_pl.training.summary.Path"}]}},
+    "through a trusted module": {"trainer": {"callbacks": [{"class_path": "lightning.pytorch.cli.ArgumentParser"}]}},
+    "nested": {
+        "trainer": {
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.LambdaCallback",
+                    "init_args": {
+                        "on_fit_start": {"class_path": "subprocess.Popen", "init_args": {"args": "touch MARK"}}
+                    },
+                }
+            ]
+        }
+    },
+    "early stopping": {"early_stopping": {"class_path": "subprocess.Popen", "init_args": {"args": "touch MARK"}}},
+    "data": {"data": {"class_path": "subprocess.Popen", "init_args": {"args": "touch MARK"}}},
+    "argument of the model": {
+        "model": {"init_args": {"lr": {"class_path": "subprocess.Popen", "init_args": {"args": "x"}}}}
+    },
+    "model": {"model": {"class_path": "evil.ModernLM"}},
+    "abstract model": {"model": {"class_path": "minigpt_pl.training.lit_modules.LanguageModel"}},
+    "no dict": {"model": "evil.yaml"},
+    "another file of settings": {"config": ["/etc/hostname"]},
+}
+
+
+def merge(into: dict[str, Any], change: dict[str, Any]) -> None:
+    for key, value in change.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        else:
+            into[key] = copy.deepcopy(value)
+
+
+@pytest.mark.parametrize("name", ["class", "lambda of ours", pytest.param("all", marks=pytest.mark.slow)])
+def test_settings_build_no_class_of_a_stranger(minigpt: Call, trained: Path, tmp_path: Path, name: str) -> None:
+    for change in HOSTILE.values() if name == "all" else [HOSTILE[name]]:
+        path = rewritten(trained, tmp_path / "bad.ckpt", lambda c, change=change: merge(c["settings"], change))
+        for words in (("fit", "--run_dir", tmp_path / "new"), ("predict",)):
+            outcome = minigpt(*words, "--ckpt_path", path)
+            assert outcome.status == 2, outcome.err
+            assert outcome.err.startswith("error: ")
+            assert outcome.err.count("\n") == 1
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.ckpt"]
+
+
+def test_every_hostile_setting_is_refused_before_a_parser_sees_it(trained: Path) -> None:
+    checkpoint = torch.load(trained, weights_only=True)
+    for change in HOSTILE.values():
+        saved = copy.deepcopy(checkpoint)
+        merge(saved["settings"], change)
+        with pytest.raises(UserError):
+            validate_sizes(saved | {"settings": validate_config(saved["settings"], trained, [])}, MODELS)
+    assert validate_config(checkpoint["settings"], trained, []) == checkpoint["settings"]
+
+
+def test_a_users_own_callback_is_named_and_given_again(
+    minigpt: Call, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_callbacks.py").write_text(
+        "from lightning.pytorch import Callback\n\nclass Mine(Callback):\n"
+        "    def on_fit_end(self, trainer, module):\n        print('mine was here')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine, run = ("--trainer.callbacks+=my_callbacks.Mine",), tmp_path / "run"
+    assert "mine was here" in minigpt("fit", *SMALL, "--data.path", text_file, "--run_dir", run, *mine).out
+    more = ("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", 18)
+    refused = minigpt(*more)
+    assert refused.status == 2
+    assert "my_callbacks.Mine" in refused.err
+    assert "--trainer.callbacks" in refused.err
+    again = minigpt(*more, *mine)
+    assert again.status == 0
+    assert "mine was here" in again.out
+
+
+def test_a_figure_that_a_callback_looks_for_in_vain_is_the_users_mistake(
+    minigpt: Call, tmp_path: Path, text_file: Path
+) -> None:
+    words = ("--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.monitor", "val_loss")
+    done = minigpt("fit", *SMALL, "--data.path", text_file, "--run_dir", tmp_path / "r", *words)
+    assert done.status == 2
+    assert done.err.startswith("error: ModelCheckpoint(monitor='val_loss') could not find the monitored key")
+    assert "val/loss" in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_a_callback_of_lightning_is_taken_along(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
+    run, named = tmp_path / "run", "lightning.pytorch.callbacks.LearningRateMonitor"
+    options = ("fit", *SMALL, "--data.path", text_file, "--run_dir", run, f"--trainer.callbacks+={named}")
+    assert minigpt(*options).status == 0
+    more = minigpt("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", 18)
+    assert more.status == 0, more.err
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("n_layer", 10**9), ("n_embd", 10**9), ("n_head", 10**9), ("block_size", 10**12), ("n_experts", 10**9),
+        ("ffn_mult", 1e12), ("n_embd", -16), ("n_layer", "many"), ("n_embd", None), ("vocab_size", 10**12),
+    ],
+)  # fmt: skip
+def test_sizes_that_the_tensors_do_not_have_are_refused(
+    minigpt: Call, trained: Path, tmp_path: Path, setting: str, value: Any
+) -> None:
+    def claim(checkpoint: dict[str, Any]) -> None:
+        if setting == "vocab_size":
+            checkpoint["vocab_size"] = value
+        else:
+            checkpoint["settings"]["model"]["init_args"][setting] = value
+
+    path = rewritten(trained, tmp_path / "bad.ckpt", claim)
+    with pytest.raises(UserError, match="do not fit"):
+        load_checkpoint(path)
+    if value == 10**9:
+        assert "do not fit" in minigpt("fit", "--ckpt_path", path, "--run_dir", tmp_path / "new").err
+        assert "do not fit" in minigpt("predict", "--ckpt_path", path).err
+    assert not (tmp_path / "new").exists()
+
+
+def test_tensors_larger_than_the_file_are_refused(minigpt: Call, trained: Path, tmp_path: Path) -> None:
+    """A number that is repeated a million million times takes four bytes of the file."""
+
+    def inflate(checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"]["net.token_embedding.weight"] = torch.zeros(1).expand(10**6, 10**6)
+
+    checkpoint = torch.load(trained, weights_only=True)
+    inflate(checkpoint)
+    path = tmp_path / "bad.ckpt"
+    torch.save(checkpoint, path)
+    assert path.stat().st_size < 200_000
+    everyone(minigpt, path, tmp_path / "new")
+    checkpoint["state_dict"]["net.token_embedding.weight"] = torch.empty(10**6, 10**6, device="meta")
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError):
+        load_checkpoint(path)
+
+
+def test_what_is_no_checkpoint_of_ours_is_said(minigpt: Call, trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.ckpt"
+    for other in ({"state_dict": {}}, [1, 2], 3, {"settings": {}}):
+        torch.save(other, path)
+        with pytest.raises(UserError, match="not a checkpoint that minigpt wrote"):
+            load_checkpoint(path)
+    for said in everyone(minigpt, path, tmp_path / "new"):
+        assert "not a checkpoint that minigpt wrote" in said
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme", "no checkpoint")
+    with pytest.raises(UserError):
+        load_checkpoint(path)
+    rewritten(trained, path, lambda c: c.update(settings="evil"))
+    everyone(minigpt, path, tmp_path / "new")
+
+
+def test_the_class_of_a_checkpoint_is_checked(trained: Path) -> None:
+    with pytest.raises(UserError, match="holds a ModernLM, not a ClassicLM"):
+        ClassicLM.load_from_checkpoint(trained)
+    assert isinstance(LanguageModel.load_from_checkpoint(trained), ModernLM)
+    assert ModernLM.load_from_checkpoint(trained, dropout=0.5).net.dropout.p == 0.5
+    with pytest.raises(UserError, match="map_location, rope_theta: of a trained ModernLM only compile, dropout"):
+        ModernLM.load_from_checkpoint(trained, rope_theta=50.0, map_location="cpu")
+    assert read_checkpoint(trained)["global_step"] == 1

@@ -1,0 +1,90 @@
+"""The doctor: all well on this machine; a leak and a harmful version are told."""
+
+import re
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from minigpt_pl.cli.doctor import harmful_versions, is_causal
+from minigpt_pl.models import attention
+from minigpt_pl.models.gpt import ClassicGPT
+
+
+class Leaky(ClassicGPT):
+    """Its logits see the mean of the whole window."""
+
+    def forward(self, ids, cache=None):
+        logits, aux = super().forward(ids, cache)
+        return logits + self.head(self.token_embedding(ids).mean(1, keepdim=True)), aux
+
+
+@pytest.mark.parametrize(("kind", "causal"), [(ClassicGPT, True), (Leaky, False)])
+def test_a_leak_is_found(kind, causal):
+    model = kind(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=8, dropout=0.0, seed=1).eval()
+    ids = torch.arange(16).view(2, 8) % 7
+    assert is_causal(model, ids, torch.no_grad) is causal
+
+
+@pytest.mark.parametrize(
+    ("words", "examined"),
+    [
+        (("--trainer.precision", "32"), "32-true"),
+        (("--trainer.precision", "bf16-mixed"), "bf16-mixed"),
+        (("--trainer.precision", "bf16-mixed", "-c", "moe"), "32-true"),  # bf16 would hide it behind rounding
+    ],
+)
+def test_a_leak_is_found_in_a_model_whose_outputs_begin_at_0(minigpt, monkeypatch, tmp_path, words, examined):
+    """The default model's logits are all 0 then, whatever its attention sees."""
+    monkeypatch.chdir(tmp_path)
+    whole = minigpt("doctor", "-c", "smoke", *words)
+    assert f"ok  causality: a later token does not change earlier logits in {examined}" in whole.out
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, dropout: F.scaled_dot_product_attention(q, k, v))
+    outcome = minigpt("doctor", "-c", "smoke", *words)
+    assert outcome.status == 2
+    assert f"BAD causality: a later token CHANGES earlier logits in {examined}" in outcome.out
+
+
+def test_harmful_versions():
+    fine = {"torch": "2.13.0+cpu", "lightning": "2.6.6"}
+    assert list(harmful_versions(fine, "mps", "bf16-mixed")) == []
+    (leak,) = harmful_versions(fine | {"torch": "2.12.1"}, "mps", "bf16-mixed")
+    assert "leaks the future" in leak
+    assert list(harmful_versions(fine | {"torch": "2.12.1"}, "mps", "32-true")) == []
+    (malware,) = harmful_versions(fine | {"lightning": "2.6.3"}, "cpu", "32-true")
+    assert "malware" in malware
+
+
+def test_what_is_bad_costs_the_exit_status(minigpt, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minigpt_pl.training.summary.version", lambda name: "2.6.3")
+    outcome = minigpt("doctor", "-c", "smoke")
+    assert outcome.status == 2
+    assert "  BAD versions: lightning 2.6.3" in outcome.out
+    assert outcome.out.splitlines()[-1] == "not all is well: see the lines that begin with BAD"
+
+
+def test_help_says_what_it_is_for(minigpt):
+    lines = minigpt("doctor", "--help").out.splitlines()
+    assert lines[0] == "usage: minigpt doctor [options]"
+    assert lines[1].startswith("Would fit run well here")
+
+
+def test_the_command(minigpt, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    outcome = minigpt("doctor", "-c", "smoke")
+    assert outcome.status == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert any(line.startswith("  ok  causality: a later token does not change") for line in lines)
+    assert "  ok  repeatability: the same step twice is bit-equal" in lines
+    assert any("tokens/s" in line for line in lines)
+    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        assert lines[-3] == "no MPS and no CUDA here: a run will use the CPU"
+    assert re.search(r"time: 20 steps will take about \d+ s,", outcome.out)
+    floors = {row[0]: float(row[1]) for row in map(str.split, minigpt("baselines").out.splitlines()[1:])}
+    reached = ", ".join(f"{name} {floors[name]:.2f}" for name in ("bigram", "5-gram", "xz"))
+    assert lines[-2] == (
+        f"loss: a fresh model's loss is near 4.11 nats/token; a trained one's should fall below {reached} nats/char"
+    )
+    assert lines[-1] == "all is well"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,77 @@
+"""The floors: n-gram probabilities against counting by hand, sums to one, and the command's table."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from minigpt_pl.data.baselines import NGRAM_ORDERS, compute_baselines, ngram_nats, xz_bits_per_byte
+
+
+def witten_bell(train: list[int], context: tuple[int, ...], token: int, vocab_size: int) -> float:
+    """The same probability, one context after the other, from dictionaries."""
+    probability = 1 / vocab_size
+    for length in range(len(context) + 1):
+        tail = context[len(context) - length :]
+        followers = Counter(
+            train[i] for i in range(length, len(train)) if tuple(train[i - length : i]) == tail
+        )  # fmt: skip
+        n, t = sum(followers.values()), len(followers)
+        if n:
+            probability = (followers[token] + t * probability) / (n + t)
+    return probability
+
+
+def test_ngrams_equal_counting_by_hand():
+    rng = np.random.default_rng(3)
+    train, scored = rng.integers(4, size=60), rng.integers(4, size=25)
+    found = ngram_nats(train, scored, 4)
+    for order, nats in zip(NGRAM_ORDERS, found, strict=True):
+        expected = [
+            -math.log(witten_bell(train.tolist(), tuple(scored[max(0, i - order + 1) : i].tolist()), scored[i], 4))
+            for i in range(1, len(scored))
+        ]
+        assert nats == pytest.approx(np.mean(expected), rel=1e-12), order
+
+
+def test_probabilities_sum_to_one():
+    train = np.random.default_rng(4).integers(3, size=50)
+    for context in ((), (0,), (2, 1), (1, 1, 1)):
+        assert sum(witten_bell(train.tolist(), context, token, 3) for token in range(3)) == pytest.approx(1)
+
+
+def test_a_text_that_repeats_itself_is_cheap(text_file):
+    found = compute_baselines(str(text_file))
+    assert found["6-gram"]["nats_per_char"] < 0.5 < 2 < found["unigram"]["nats_per_char"]
+    assert found["unigram"]["bits_per_byte"] == pytest.approx(found["unigram"]["nats_per_char"] / math.log(2))
+
+
+def test_bytes_of_another_script(tmp_path):
+    path = tmp_path / "greek.txt"
+    path.write_text("αβγδ αγβδ\n" * 200, "utf-8")
+    found = compute_baselines(str(path))
+    letters, all_characters = 8, 10
+    bytes_per_char = (2 * letters + 2) / all_characters
+    nats, bits = found["bigram"]["nats_per_char"], found["bigram"]["bits_per_byte"]
+    assert bits == pytest.approx(nats / math.log(2) / bytes_per_char, rel=5e-3)  # the part ends where it ends
+
+
+def test_xz_knows_what_came_before():
+    text = bytes(np.random.default_rng(5).integers(256, size=4000, dtype=np.uint8))
+    assert xz_bits_per_byte(text, text) < 1 < xz_bits_per_byte(b"", text)
+
+
+def test_the_command(minigpt, text_file):
+    outcome = minigpt("baselines", "--data.path", text_file)
+    assert outcome.status == 0
+    rows = [line.split() for line in outcome.out.splitlines()]
+    assert [row[0] for row in rows] == ["method", "unigram", "bigram", "trigram", "4-gram", "5-gram", "6-gram", "xz"]
+    assert float(rows[2][1]) == pytest.approx(compute_baselines(str(text_file))["bigram"]["nats_per_char"], abs=1e-4)
+
+
+def test_a_missing_text_is_one_line(minigpt, tmp_path):
+    outcome = minigpt("baselines", "--data.path", tmp_path / "none.txt")
+    assert outcome.status == 2
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1

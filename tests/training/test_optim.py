@@ -1,0 +1,187 @@
+"""How weights are updated: every parameter once, AdamW by its formula, the learning rate by literal lists."""
+
+import math
+
+import pytest
+import torch
+from support.tiny_models import KINDS, build, lively, some_ids
+
+from minigpt_pl.models.gpt import token_cross_entropy
+from minigpt_pl.training.optim import Muon, build_optimizer, check_param_groups, lr_factor, newton_schulz
+
+EXPERTS = ("gate_up", "down")
+
+
+def one_step(kind: str, lr: float, weight_decay: float, steps: int = 1) -> tuple[dict, dict, dict]:
+    """Parameters before the last of some steps, its gradients, parameters after it; by name."""
+    model, ids = lively(kind).train(), some_ids(4, 17)
+    optimizer = build_optimizer(model, lr=lr, weight_decay=weight_decay)
+    for _ in range(steps):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.zero_grad()
+        logits, aux = model(ids[:, :-1])
+        (token_cross_entropy(logits, ids[:, 1:]).mean() + aux).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+    return before, gradients, {name: p.detach() for name, p in model.named_parameters()}
+
+
+# Parameters.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_parameter_is_in_exactly_one_group_tied_ones_once(kind: str) -> None:
+    model = build(kind)
+    optimizer = build_optimizer(model, lr=1e-3, weight_decay=0.1)
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len({id(p) for p in grouped}) == len(grouped)
+    assert {id(p) for p in grouped} == {
+        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
+    }
+    assert sum(p.numel() for p in grouped) == model.params_total()
+    assert all(group["weight_decay"] == 0.1 and group["lr"] == 1e-3 for group in optimizer.param_groups)
+
+
+def test_a_parameter_that_no_group_has_or_two_have_is_noticed() -> None:
+    some = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    check_param_groups(torch.optim.SGD(some), some)
+    with pytest.raises(AssertionError, match="exactly one group"):
+        check_param_groups(torch.optim.SGD(some[:2]), some)
+    with pytest.raises(AssertionError, match="exactly one group"):
+        check_param_groups(torch.optim.SGD(some), [*some, some[0]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_step_moves_every_parameter(kind: str) -> None:
+    before, gradients, after = one_step(kind, lr=1e-2, weight_decay=0.0)
+    assert gradients.keys() == before.keys()
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert not still
+
+
+# The update.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_step_is_adamws_with_decay_on_every_parameter(kind: str) -> None:
+    lr, decay = 1e-2, 0.3
+    before, gradients, after = one_step(kind, lr, decay)
+    for name, gradient in gradients.items():
+        expected = before[name] * (1 - lr * decay) - lr * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(after[name], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_later_steps_have_torchs_default_betas() -> None:
+    torch.manual_seed(0)
+    weight, lr, m, v = torch.nn.Parameter(torch.ones(3)), 0.1, torch.zeros(3), torch.zeros(3)
+    optimizer = build_optimizer(torch.nn.ParameterList([weight]), lr=lr, weight_decay=0.0)
+    expected = weight.detach().clone()
+    for step in range(1, 6):
+        weight.grad = torch.tensor([1.0, -2.0, 0.5]) * step
+        m, v = 0.9 * m + 0.1 * weight.grad, 0.999 * v + 0.001 * weight.grad**2
+        expected -= lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), expected)
+
+
+# Muon.
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (96, 32), (32, 85), (3, 64, 24)])
+def test_orthogonal_keeps_the_singular_vectors_and_brings_the_values_near_1(shape: tuple[int, ...]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    got = newton_schulz(matrix)
+    in_its_frame = u.mT @ got @ vh.mT
+    values = in_its_frame.diagonal(dim1=-2, dim2=-1)
+    assert (in_its_frame - torch.diag_embed(values)).abs().max() < 1e-3
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+
+def reference_newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
+    """As the paper has it, one step after the other."""
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
+    return x
+
+
+def test_muon_is_its_formula_and_leaves_the_rest_to_adamw() -> None:
+    lr, decay, generator = 0.1, 0.3, torch.Generator().manual_seed(0)
+    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleDict({"out": torch.nn.Linear(4, 6)})})
+    weight, bias = model["blocks"]["out"].weight, model["blocks"]["out"].bias
+    other = torch.nn.Parameter(bias.detach().clone())
+    optimizer, adamw = build_optimizer(model, lr, decay, "muon"), torch.optim.AdamW([other], lr=lr, weight_decay=decay)
+    expected, momentum, rows = weight.detach().clone(), torch.zeros(6, 4), torch.zeros(6, 1)
+    for _ in range(3):
+        weight.grad, bias.grad = torch.randn(6, 4, generator=generator), torch.randn(6, generator=generator)
+        other.grad = bias.grad.clone()
+        momentum = 0.95 * momentum + 0.05 * weight.grad
+        update = reference_newton_schulz(0.95 * momentum + 0.05 * weight.grad).float()
+        rows = 0.95 * rows + 0.05 * update.square().mean(1, keepdim=True)
+        even = update / rows.sqrt() * update.norm() / (update / rows.sqrt()).norm()
+        expected = expected * (1 - lr * decay) - lr * math.sqrt(6 / 4) * even
+        optimizer.step()
+        adamw.step()
+        torch.testing.assert_close(weight.detach(), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(bias, other)
+
+
+def test_muon_treats_each_expert_as_a_matrix_of_its_own() -> None:
+    stack = torch.nn.Parameter(torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(1)))
+    alone = [torch.nn.Parameter(expert.detach().clone()) for expert in stack]
+    stack.grad = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(2))
+    for expert, gradient in zip(alone, stack.grad, strict=True):
+        expert.grad = gradient.clone()
+    for parameters in ([stack], alone):
+        Muon([{"params": parameters, "use_muon": True}], lr=0.1, weight_decay=0.1).step()
+    torch.testing.assert_close(stack, torch.stack(alone), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "feed_forward"),
+    [("classic", ("up.weight", "down.weight")), ("recipes", ("gate_up.weight", "down.weight")), ("switch", EXPERTS)],
+)
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_the_rest(kind: str, feed_forward: tuple[str, ...]) -> None:
+    model, ids = lively(kind).train(), some_ids(4, 17)
+    optimizer, names = build_optimizer(model, 1e-2, 0.1, "muon"), {p: name for name, p in model.named_parameters()}
+    mine = {"attention.qkv.weight", "attention.out.weight", *(f"feed_forward.{name}" for name in feed_forward)}
+    logits, aux = model(ids[:, :-1])
+    (token_cross_entropy(logits, ids[:, 1:]).mean() + aux).backward()
+    optimizer.step()
+    by_rule = {
+        rule: sorted(names[p] for p in optimizer.state if key in optimizer.state[p])
+        for rule, key in {"muon": "momentum", "adamw": "exp_avg"}.items()
+    }
+    assert by_rule["muon"] == sorted(f"blocks.{layer}.{name}" for layer in range(2) for name in mine)
+    assert sorted(by_rule["muon"] + by_rule["adamw"]) == sorted(names.values())
+
+
+# The learning rate: that of the update after `step` completed ones, in units of its peak.
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "factors"),
+    [
+        (100, {0: 0.02, 1: 0.04, 24: 0.5, 48: 0.98, 49: 1, 50: 1, 75: 0.55, 99: 0.100888, 100: 0.1, 105: 0.1}),
+        (1000, {0: 0.02, 49: 1, 50: 1, 525: 0.55, 1000: 0.1}),
+        (5000, {0: 0.004, 124: 0.5, 249: 1, 250: 1, 1437: 0.868303, 2625: 0.55, 5000: 0.1}),
+        (20, {0: 0.02, 9: 0.2, 19: 0.4}),
+        (50, {0: 0.02, 49: 1}),
+    ],
+)
+def test_cosine_warms_up_and_falls_to_a_tenth(max_steps: int, factors: dict[int, float]) -> None:
+    got = {step: lr_factor("cosine", step, max_steps) for step in factors}
+    assert got == pytest.approx(factors, rel=1e-5)
+
+
+def test_cosine_never_rises_after_its_warm_up() -> None:
+    factors = [lr_factor("cosine", step, 400) for step in range(400)]
+    assert factors[:50] == sorted(factors[:50])
+    assert factors[49:] == sorted(factors[49:], reverse=True)
+    assert all(math.isclose(a - b, 0, abs_tol=0.02 + 1e-9) for a, b in zip(factors, factors[1:], strict=False))
+
+
+def test_constant_has_no_warm_up_and_no_end() -> None:
+    assert [lr_factor("constant", step, 100) for step in (0, 1, 50, 99, 100)] == [1, 1, 1, 1, 1]
