@@ -20,7 +20,7 @@ MAX_LINES = 300
 
 MAY_IMPORT = {
     "runtime": set(),
-    "models": set(),
+    "models": {"runtime"},
     "data": {"runtime"},
     "checkpoint": {"runtime"},
     "generation": {"models", "runtime"},

@@ -1,7 +1,22 @@
-"""One more position of each stream, as plain functions over a model's weights and its cache: what `generation` repeats.
+"""The forward pass of one more position, as plain functions over a model's weights and its cache.
 
-They compute what the modules do. For a single row a module's call and the look-up of its weights take longer than the
-product; here both are done once for all positions that a cache holds. Many positions at once are read by the modules.
+`generate` repeats it for every token. For a single row, calling a module and looking up its weights takes longer than
+the product itself; here both are done once for all positions that a cache holds. This makes generation about three
+times as fast. Many positions at once (a prompt, a refilled window) are read by the modules themselves.
+
+Each function computes what one module computes. All are held equal by tests/generation/test_generate.py, which compares
+cached with uncached text for every kind of model, and tests/models/test_blocks.py, which compares a rotated position.
+
+| here                                          | module                                                  |
+|-----------------------------------------------|---------------------------------------------------------|
+| `make_decode_fn`                              | `gpt.GPT.forward`                                       |
+| `block_fn`                                    | `blocks.Block.forward`                                  |
+| `attention_fn`, `linear_fn`, `rotary_tables`  | `attention.CausalSelfAttention`, `nn.Linear`, `split_qkv_heads` |
+| `layer_fn`                                    | `blocks.RMSNorm`, `blocks.SwiGLU`, else the module itself |
+| `conv_fn`                                     | `short_conv.ShortConv`                                  |
+| `moe_fn`                                      | `moe.MoE`                                               |
+
+Shapes: S streams, C = n_embd, H heads, D = C // H, V vocabulary, T positions.
 """
 
 import math
@@ -18,7 +33,7 @@ from minigpt_pl.models.moe import MoE, topk_route
 from minigpt_pl.models.short_conv import ShortConv
 
 RotaryTables = tuple[Tensor, Tensor] | None
-"""Cosines and sines (3, 1, 1, D) of the position for queries, keys and values; None where none are rotated."""
+"""Cosines and sines (3, 1, 1, D) of one position for queries, keys and values; None without rotary positions."""
 
 
 def make_decode_fn(model: GPT, cache: list[KVCache]) -> Callable[[Tensor], Tensor]:
@@ -26,29 +41,29 @@ def make_decode_fn(model: GPT, cache: list[KVCache]) -> Callable[[Tensor], Tenso
 
     Args:
         model: In eval mode; its weights are read now.
-        cache: What `model` fills before the first call, and may fill again.
+        cache: Filled by `model` before the first call, and whenever the window has been shortened.
     """
     blocks = [block_fn(block, layer) for block, layer in zip(model.blocks, cache, strict=True)]
     first: Any = model.blocks[0]
     tokens, positions = model.token_embedding.weight, getattr(model, "position_embedding", None)
-    norm, head, turns = layer_fn(model.norm), model.head.weight.t(), rotary_tables(first.attention.rope)
+    norm, head, tables = layer_fn(model.norm), model.head.weight.t(), rotary_tables(first.attention.rope)
 
-    def step(ids: Tensor) -> Tensor:
+    def decode(ids: Tensor) -> Tensor:
         position = cache[0].length
         assert position < model.block_size, "the window is full"
-        turn = (turns[0][position], turns[1][position]) if turns is not None else None
-        x = tokens.index_select(0, ids)
+        rotary = (tables[0][position], tables[1][position]) if tables is not None else None
+        x = tokens.index_select(0, ids)  # (S, C)
         if positions is not None:
             x = x + positions.weight[position]
         for block in blocks:
-            x = block(x, turn)
+            x = block(x, rotary)
         return norm(x) @ head
 
-    return step
+    return decode
 
 
 def rotary_tables(rope: RotaryEmbedding | None) -> RotaryTables:
-    """The turns of every position, (T, 3, 1, 1, D); that of the values leaves them as they are."""
+    """Cosines and sines of every position, (T, 3, 1, 1, D); those of the values leave them unchanged."""
     if rope is None:
         return None
     cos, sin = (table.view(len(table), 1, 1, 1, -1).repeat(1, 3, 1, 1, 1) for table in (rope.cos, rope.sin))
@@ -59,37 +74,37 @@ def rotary_tables(rope: RotaryEmbedding | None) -> RotaryTables:
 def block_fn(block: Any, cache: KVCache) -> Callable[[Tensor, RotaryTables], Tensor]:
     """The block as a function of x (S, C)."""
     assert isinstance(block, Block)
-    before = [layer_fn(block.norm_1)] + ([] if block.conv_1 is None else [conv_fn(block.conv_1, cache)])
+    attention_input = [layer_fn(block.norm_1)] + ([] if block.conv_1 is None else [conv_fn(block.conv_1, cache)])
     attention = attention_fn(block.attention, cache)
     branch = [layer_fn(block.norm_2)] + ([] if block.conv_2 is None else [conv_fn(block.conv_2, cache)])
     branch.append(layer_fn(block.feed_forward))
 
-    def step(x: Tensor, turn: RotaryTables) -> Tensor:
+    def decode(x: Tensor, rotary: RotaryTables) -> Tensor:
         y = x
-        for function in before:
+        for function in attention_input:
             y = function(y)
-        x = attention(y, turn).add_(x)
+        x = attention(y, rotary).add_(x)
         y = x
         for function in branch:
             y = function(y)
         return x + y
 
-    return step
+    return decode
 
 
 def layer_fn(module: Any) -> Callable[[Tensor], Tensor]:
-    """A norm or feed-forward net as a function of x (S, C); the module itself unless there is a quicker one."""
+    """A norm or feed-forward network as a function of x (S, C); the module itself where it is fast enough."""
     if isinstance(module, RMSNorm) and module.weight.device.type == "cpu":
         C, eps = len(module.weight), module.eps  # x / rms = sqrt(C) x / sqrt(sum of squares + C eps)
-        weight, least = module.weight * math.sqrt(C), torch.tensor(math.sqrt(C * eps))
-        return lambda x: (x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), least)).mul_(weight)
+        weight, floor = module.weight * math.sqrt(C), torch.tensor(math.sqrt(C * eps))
+        return lambda x: (x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)).mul_(weight)
     if isinstance(module, SwiGLU):
         gate_up, down = module.gate_up.weight.t(), module.down.weight.t()
         return lambda x: swiglu(x @ gate_up) @ down
     return moe_fn(module) if isinstance(module, MoE) else module
 
 
-def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def linear_fn(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """A linear module as a function of x (S, i)."""
     transposed = weight.t()
     return (lambda x: x @ transposed) if bias is None else (lambda x: torch.addmm(bias, x, transposed))
@@ -99,52 +114,53 @@ def attention_fn(attention: Any, cache: KVCache) -> Callable[[Tensor, RotaryTabl
     assert isinstance(attention, CausalSelfAttention)
     qkv, heads = attention.qkv, attention.n_head
     C = qkv.in_features
+    # The scale of the scores is multiplied into the queries' weights: one call less for each position.
     scale = torch.ones_like(qkv.weight[:, 0])
-    scale[:C] = (C // heads) ** -0.5  # of the scores, which is one call less for each position
-    to_qkv = product(qkv.weight * scale[:, None], None if qkv.bias is None else qkv.bias * scale)
-    to_out = product(attention.out.weight, attention.out.bias)
+    scale[:C] = (C // heads) ** -0.5
+    project_qkv = linear_fn(qkv.weight * scale[:, None], None if qkv.bias is None else qkv.bias * scale)
+    project_out = linear_fn(attention.out.weight, attention.out.bias)
 
-    def step(x: Tensor, turn: RotaryTables) -> Tensor:
-        qkv = to_qkv(x).view(-1, 3, heads, C // heads).transpose(0, 1)  # (3, S, H, D)
-        if turn is not None:
-            qkv = apply_rotary(qkv, *turn)
-        qkv = qkv.reshape(3, -1, 1, C // heads)
-        keys, values = cache.extend(qkv[1:])
-        y = torch.bmm(torch.bmm(qkv[0], keys.mT).softmax(-1), values)  # the last position sees every key
-        return to_out(y.view(-1, C))
+    def decode(x: Tensor, rotary: RotaryTables) -> Tensor:
+        qkv = project_qkv(x).view(-1, 3, heads, C // heads).transpose(0, 1)  # (3, S, H, D)
+        if rotary is not None:
+            qkv = apply_rotary(qkv, *rotary)
+        qkv = qkv.reshape(3, -1, 1, C // heads)  # (3, S * H, 1, D)
+        keys, values = cache.extend(qkv[1:])  # (S * H, length, D) each
+        y = torch.bmm(torch.bmm(qkv[0], keys.mT).softmax(-1), values)  # no mask: the last position sees every key
+        return project_out(y.view(-1, C))
 
-    return step
+    return decode
 
 
 def conv_fn(conv: Any, cache: KVCache) -> Callable[[Tensor], Tensor]:
     assert isinstance(conv, ShortConv)
     oldest_first = conv.weight.flip(0)
 
-    def step(x: Tensor) -> Tensor:
-        padded = torch.cat([cache.conv_state[conv], x.unsqueeze(1)], 1)  # (S, K, C)
-        cache.conv_state[conv] = padded[:, 1:]
-        return x + (padded * oldest_first).sum(1)
+    def decode(x: Tensor) -> Tensor:
+        window = torch.cat([cache.conv_state[conv], x.unsqueeze(1)], 1)  # (S, K, C)
+        cache.conv_state[conv] = window[:, 1:]
+        return x + (window * oldest_first).sum(1)
 
-    return step
+    return decode
 
 
 def moe_fn(moe: MoE) -> Callable[[Tensor], Tensor]:
     router, top_k, gate = moe.router.weight.t(), moe.top_k, moe.gate
     gate_up, down = moe.gate_up.mT.unbind(), moe.down.mT.unbind()
-    constant = top_k == 1 and gate == "softmax_selected"  # the one chosen is weighed by 1
+    weight_is_one = top_k == 1 and gate == "softmax_selected"
 
     def expert(x: Tensor, e: int) -> Tensor:
         return swiglu(x @ gate_up[e]) @ down[e]
 
-    def step(x: Tensor) -> Tensor:
-        logits = x @ router
+    def decode(x: Tensor) -> Tensor:
+        logits = x @ router  # (S, E)
         if len(x) > 1:
             return moe.dispatch(x, *topk_route(logits.float(), top_k, gate))
-        if constant:
+        if weight_is_one:
             (row,) = logits.tolist()
             return expert(x, row.index(max(row)))
         weights, chosen = topk_route(logits.float(), top_k, gate)
-        ys = [expert(x, e) for e in chosen[0].tolist()]
-        return weights.type_as(x) @ torch.cat(ys) if top_k > 1 else ys[0] * weights.type_as(x)
+        outputs = [expert(x, e) for e in chosen[0].tolist()]
+        return weights.type_as(x) @ torch.cat(outputs) if top_k > 1 else outputs[0] * weights.type_as(x)
 
-    return step
+    return decode

@@ -1,79 +1,60 @@
-"""The steps from ClassicGPT to ModernGPT: subclasses that replace one part each of what the step below has built.
+"""The stages from ClassicGPT to ModernGPT: subclasses that each replace one part of what the stage before has built.
 
-The first is ClassicGPT; the last is ModernGPT with a tied head, without experts, convolutions and branches that begin
-at 0; both to the bit. What comes above, in regularisation, context and experts, are settings of ModernGPT:
+The first stage is ClassicGPT. The last is ModernGPT with a tied head and without experts, convolutions and zero
+initialisation. Both are bit-exact. What lies beyond (regularisation, context, experts) are options of ModernGPT; see
 `configs/studies/ablations.yaml`.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from minigpt_pl.models.attention import RotaryEmbedding
 from minigpt_pl.models.blocks import RMSNorm, SwiGLU
-from minigpt_pl.models.gpt import ClassicGPT, gpt2_std, init_weights
+from minigpt_pl.models.config import GPTConfig, ModernConfig, Stage
+from minigpt_pl.models.gpt import ClassicGPT, init_weights, residual_std
 
 
 class AblationGPT(ClassicGPT):
-    """ClassicGPT, whose parts a subclass may replace before they are initialised.
+    """ClassicGPT, whose parts a subclass replaces before they are initialised.
 
     Args:
-        vocab_size: As of ModernGPT, like all others.
-        block_size: Positions T.
-        n_layer: Blocks.
-        n_head: Heads.
-        n_embd: Width C.
-        dropout: As of both.
-        rope_theta: Used from RopeGPT on.
-        rms_norm_eps: Used from RMSNormGPT on.
-        ffn_mult: Used from SwiGLUGPT on.
-        seed: Of the initial weights.
+        config: The sizes; what only the modern decoder has (theta, eps, hidden width) takes ModernConfig's defaults.
+        seed: Seed of the initial weights.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        block_size: int,
-        n_layer: int,
-        n_head: int,
-        n_embd: int,
-        dropout: float,
-        rope_theta: float,
-        rms_norm_eps: float,
-        ffn_mult: float,
-        seed: int,
-    ):
-        super().__init__(vocab_size, block_size, n_layer, n_head, n_embd, dropout, seed)
-        self.n_embd, self.rope_theta, self.rms_norm_eps, self.ffn_mult = n_embd, rope_theta, rms_norm_eps, ffn_mult
-        self.replace_parts(list(self.blocks))
-        init_weights(self, self.std, seed)
+    def __init__(self, config: GPTConfig, seed: int):
+        super().__init__(config, seed)
+        self.n_embd = config.n_embd
+        self.replace_modules(list(self.blocks))
+        self.init_again(seed)
 
-    def replace_parts(self, blocks: list[Any]) -> None:
-        """Puts a new part in the place of an old one; a subclass calls its parent's first."""
+    def replace_modules(self, blocks: list[Any]) -> None:
+        """Replaces one part; a subclass calls its parent's method first."""
 
-    def std(self, name: str) -> float:
-        return gpt2_std(len(self.blocks))(name)
+    def init_again(self, seed: int) -> None:
+        init_weights(self, seed, dict.fromkeys(self.branch_outputs(), residual_std(len(self.blocks))))
 
 
 class RMSNormGPT(AblationGPT):
-    """RMSNorm for LayerNorm; the linear layers lose their biases as the norms do."""
+    """RMSNorm in place of LayerNorm; the linear layers lose their biases as the norms do."""
 
-    def replace_parts(self, blocks: list[Any]) -> None:
-        super().replace_parts(blocks)
+    def replace_modules(self, blocks: list[Any]) -> None:
+        super().replace_modules(blocks)
         for block in blocks:
-            block.norm_1, block.norm_2 = (RMSNorm(self.n_embd, self.rms_norm_eps) for _ in range(2))
-        self.norm = RMSNorm(self.n_embd, self.rms_norm_eps)
+            block.norm_1, block.norm_2 = (RMSNorm(self.n_embd, ModernConfig.rms_norm_eps) for _ in range(2))
+        self.norm = RMSNorm(self.n_embd, ModernConfig.rms_norm_eps)
         for linear in [module for module in self.modules() if isinstance(module, nn.Linear)]:
             linear.bias = None  # type: ignore[assignment]
 
 
 class RopeGPT(RMSNormGPT):
-    """Rotary positions for learned ones."""
+    """Rotary positions in place of learned ones."""
 
-    def replace_parts(self, blocks: list[Any]) -> None:
-        super().replace_parts(blocks)
+    def replace_modules(self, blocks: list[Any]) -> None:
+        super().replace_modules(blocks)
         del self.position_embedding
-        rope = RotaryEmbedding(self.n_embd // blocks[0].attention.n_head, self.block_size, self.rope_theta)
+        rope = RotaryEmbedding(self.n_embd // blocks[0].attention.n_head, self.block_size, ModernConfig.rope_theta)
         for block in blocks:
             block.attention.rope = rope
 
@@ -85,29 +66,28 @@ class RopeGPT(RMSNormGPT):
 
 
 class SwiGLUGPT(RopeGPT):
-    """SwiGLU, of its own width, for the GELU net."""
+    """SwiGLU, with a hidden width of its own, in place of the GELU network."""
 
-    def replace_parts(self, blocks: list[Any]) -> None:
-        super().replace_parts(blocks)
+    def replace_modules(self, blocks: list[Any]) -> None:
+        super().replace_modules(blocks)
         for block in blocks:
-            block.feed_forward = SwiGLU(self.n_embd, int(self.ffn_mult * self.n_embd))
+            block.feed_forward = SwiGLU(self.n_embd, int(ModernConfig.ffn_mult * self.n_embd))
 
 
 class TiedGPT(SwiGLUGPT):
-    """One table for embedding and head, and one standard deviation for all weights: ModernGPT."""
+    """One table for embedding and head, and one standard deviation for all weights, as in ModernGPT."""
 
-    def replace_parts(self, blocks: list[Any]) -> None:
-        super().replace_parts(blocks)
+    def replace_modules(self, blocks: list[Any]) -> None:
+        super().replace_modules(blocks)
         self.head.weight = self.token_embedding.weight
 
-    def std(self, name: str) -> float:
-        return 0.02
+    def init_again(self, seed: int) -> None:
+        init_weights(self, seed, {})
 
     def lookup_params(self) -> int:
         return 0
 
 
-Stage = Literal["classic", "rmsnorm", "rope", "swiglu", "tied"]
 STAGES: dict[Stage, type[AblationGPT]] = {
     "classic": AblationGPT,
     "rmsnorm": RMSNormGPT,

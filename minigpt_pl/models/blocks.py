@@ -1,22 +1,21 @@
-"""What a block has beside attention: the norm, the feed-forward nets, and the block itself.
+"""What a block has beside attention: norm, feed-forward networks, and the block itself.
 
-Pure torch. The experts are in `moe`, the assemblies in `models`.
+The experts are in `moe`, the models in `gpt`.
 
-Shapes: B batch, T positions, C = n_embd, F hidden width of a feed-forward net.
+Shapes: B batch, T positions, C = n_embd, F hidden width of a feed-forward network.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt_pl.models.attention import KVCache
+from minigpt_pl.models.cpu_ops import CPURMSNorm, inverse_rms
 from minigpt_pl.models.dropout import Dropout
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight (Zhang & Sennrich, arXiv 1910.07467); torch's own but on a CPU."""
+    """x / rms(x) * weight (Zhang & Sennrich, arXiv 1910.07467)."""
 
     eps: float
 
@@ -25,7 +24,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """What RMSNorm computes of x (..., C), by the quickest way there is."""
+    """RMSNorm of x (..., C) by the fastest way on its device."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.rms_norm(x, weight.shape, weight, eps)
     if torch.is_grad_enabled():
@@ -33,55 +32,38 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * inverse_rms(x, eps) * weight
 
 
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean square + eps) over the last dimension of (..., C), as (..., 1)."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.addcmul(torch.scalar_tensor(eps), norm, norm, value=1 / x.size(-1)).rsqrt_()
-
-
-class CPURMSNorm(torch.autograd.Function):
-    """RMSNorm in few passes over memory, of which torch makes about twice as many on a CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = inverse_rms(x, eps)
-        unit = x * scale
-        ctx.save_for_backward(unit, scale, weight)
-        return unit * weight
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        unit, scale, weight = ctx.saved_tensors
-        product = dy * unit
-        mean = (product @ weight).unsqueeze(-1).div_(unit.size(-1))
-        dx = (dy * weight).addcmul_(unit, mean, value=-1).mul_(scale)
-        return dx, product.flatten(0, -2).sum(0), None
-
-
 class MLP(nn.Module):
-    """GPT-2's feed-forward net: four times as wide, GELU in its tanh form."""
+    """GPT-2's feed-forward network: hidden width 4 C, GELU in its tanh form."""
 
     def __init__(self, n_embd: int):
         super().__init__()
         self.up = nn.Linear(n_embd, 4 * n_embd)
         self.down = nn.Linear(4 * n_embd, n_embd)
 
+    def matrices(self) -> list[nn.Parameter]:
+        """The weight matrices; the last one writes to the residual stream."""
+        return [self.up.weight, self.down.weight]
+
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward net, down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202); no biases.
+    """Gated feed-forward network, down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202), without biases.
 
     Args:
         n_embd: Width C.
-        hidden: Width F of gate and up, which are one product, gate first.
+        hidden: Width F of gate and up, which are one projection, gate first.
     """
 
     def __init__(self, n_embd: int, hidden: int):
         super().__init__()
         self.gate_up = nn.Linear(n_embd, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, n_embd, bias=False)
+
+    def matrices(self) -> list[nn.Parameter]:
+        """The weight matrices; the last one writes to the residual stream."""
+        return [self.gate_up.weight, self.down.weight]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu(self.gate_up(x)))
@@ -96,8 +78,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
 class Block(nn.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + feed_forward(norm(x)); dropout on both branches.
 
-    A feed-forward net may return (y, aux loss); the block passes the aux loss on, and None for the others. Short
-    convolutions, where there are any, lie between norm and branch.
+    A feed-forward network may return (y, balance loss), as `moe.MoE` does; the block passes that loss on, else None.
+    Where there are short convolutions, they lie between the norm and its branch.
     """
 
     def __init__(
@@ -120,7 +102,7 @@ class Block(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
-        y = self.norm_1(x)
+        y = self.norm_1(x)  # (B, T, C)
         if self.conv_1 is not None:
             y = self.conv_1(y, cache)
         x = x + self.dropout(self.attention(y, cache))
@@ -128,5 +110,5 @@ class Block(nn.Module):
         if self.conv_2 is not None:
             y = self.conv_2(y, cache)
         y = self.feed_forward(y)
-        y, aux = y if isinstance(y, tuple) else (y, None)
-        return x + self.dropout(y), aux
+        y, aux_loss = y if isinstance(y, tuple) else (y, None)
+        return x + self.dropout(y), aux_loss

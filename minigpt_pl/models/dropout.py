@@ -1,30 +1,9 @@
-"""Dropout, and masks drawn quickly where torch draws them slowly.
+"""Dropout. The masks that a CPU draws faster than torch does are in `cpu_ops`."""
 
-Where a model has dropout is in `attention`, `layers` and `models`.
-"""
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-def use_cpu_ops(x: Tensor) -> bool:
-    """Whether torch's own way is slow and ours taken: it draws masks on one thread, which costs a third of a step."""
-    known = x.dtype in (torch.float32, torch.bfloat16)
-    return x.device.type == "cpu" and known and not torch.compiler.is_compiling()
-
-
-def dropout_mask(like: Tensor, p: float) -> Tensor:
-    """1 / (1 - p) where an element stays and 0 where it goes, for a tensor on the CPU; p is kept to 16 bits.
-
-    Four elements share one 64-bit number of the default generator. The full range must be asked for: `random_()` alone
-    leaves the top bit of each number unset.
-    """
-    count = like.numel()
-    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
-    stays = torch.empty_like(like)  # 0 or 1, without a pass over booleans
-    torch.ge(bits.view(torch.int16)[:count].view(like.shape), min(round(p * 2**16), 2**16 - 1) - 2**15, out=stays)
-    return stays.mul_(1 / (1 - p))
+from minigpt_pl.models.cpu_ops import dropout_mask, use_cpu_ops
 
 
 class Dropout(nn.Module):

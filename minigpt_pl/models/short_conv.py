@@ -1,6 +1,6 @@
-"""Short causal convolutions, which a block may have before its branches: what stood just before, at hardly any cost.
+"""Short causal convolutions, one before each branch of a block: they add the last few positions at little cost.
 
-Where they go is in `layers` and `models`.
+Where they are used is in `blocks` and `gpt`.
 """
 
 from typing import Any
@@ -12,16 +12,16 @@ from minigpt_pl.models.attention import KVCache
 
 
 class CausalDepthwiseConv(torch.autograd.Function):
-    """x plus its last positions, weighed; forward and backward in few passes over memory.
+    """x plus a weighted sum of its last K positions, channel by channel, in few passes over memory.
 
-    padded (B, K - 1 + T, C) has what came before x; row j of weight (K, C) is for the position j back.
+    padded (B, K - 1 + T, C) begins with what came before x; row j of weight (K, C) is for j positions back.
     """
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(padded, weight)
         reach = len(weight) - 1
-        y = padded[:, reach:] * (1 + weight[0])
+        y = padded[:, reach:] * (1 + weight[0])  # (B, T, C)
         for back in range(1, len(weight)):
             y.addcmul_(padded[:, reach - back : -back], weight[back])
         return y
@@ -32,26 +32,26 @@ class CausalDepthwiseConv(torch.autograd.Function):
         reach, dpadded, dweight = len(weight) - 1, torch.zeros_like(padded), torch.empty_like(weight)
         dpadded[:, reach:] = dy
         for back in range(len(weight)):
-            place = slice(reach - back, padded.size(1) - back)
-            dpadded[:, place].addcmul_(dy, weight[back])
-            dweight[back] = (dy * padded[:, place]).sum((0, 1))
+            window = slice(reach - back, padded.size(1) - back)
+            dpadded[:, window].addcmul_(dy, weight[back])
+            dweight[back] = (dy * padded[:, window]).sum((0, 1))
         return dpadded, dweight
 
 
 class ShortConv(nn.Module):
-    """x plus a weighted sum of its last few positions, channel by channel (a "Canon layer", Allen-Zhu 2025).
+    """x plus a causal depthwise convolution of it (a "Canon layer", Allen-Zhu 2025).
 
     Args:
         n_embd: Width C.
-        width: Positions in the sum, the present one included.
+        kernel_size: Positions K in the sum, the present one included.
     """
 
-    def __init__(self, n_embd: int, width: int):
+    def __init__(self, n_embd: int, kernel_size: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, n_embd))
+        self.weight = nn.Parameter(torch.empty(kernel_size, n_embd))
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         padded = torch.cat([x.new_zeros(x.size(0), len(self.weight) - 1, x.size(2)), x], 1)
         if cache is not None:
-            cache.conv_state[self] = padded[:, x.size(1) :]
+            cache.conv_state[self] = padded[:, x.size(1) :]  # (B, K - 1, C)
         return CausalDepthwiseConv.apply(padded, self.weight)

@@ -1,25 +1,34 @@
-"""What is the user's to mend, and how it is said in one line; how a diverged run is told from a bug.
+"""Errors that are not bugs, how they are told in one line, and which process tells them.
 
-No error is caught here: `__main__` turns these into exit statuses.
+No error is caught here: `__main__` turns them into exit statuses.
 """
 
 import os
-import re
 import sys
-
-PARSER_NOISE = [  # the parser's wording, and ours
-    (r"(?s)Does not validate against any of the Union subtypes\s+Subtypes: .*?\s+Errors:", ""),
-    (r"(?s)\s+Given value type: .*?\s+Given value: (?:NestedArg|Namespace).*", ""),
-    (r"\s+Given value type: .*?\s+Given value:", ". Got value:"),
-    (r"\s+- (?:Expected a <class 'NoneType'>|Expected a path but .* not accessible or invalid)", ""),
-    (r'Parser key "(.*?)":', r"\1:"),
-    (r"typing\.Literal|<class '(\w+)'>", r"\1"),
-    (r":\s+- ", ": "),
-]
+from typing import Any
 
 
 class UserError(ValueError):
-    """The user's input or machine is at fault: one line on stderr, exit status 2."""
+    """The user's input or machine is at fault: one line on stderr, exit status 2.
+
+    Args:
+        problem: What is wrong, such as "it must be at least 1".
+        option: The dotted name of the option that is at fault, or "".
+        value: The option's value.
+        remedy: What the user can do, or "".
+    """
+
+    def __init__(self, problem: str, *, option: str = "", value: Any = None, remedy: str = ""):
+        super().__init__(problem)
+        self.problem, self.option, self.value, self.remedy = problem, option, value, remedy
+
+    def __str__(self) -> str:
+        return self.format(f"{self.option} {self.value}".strip() if self.option else "")
+
+    def format(self, subject: str) -> str:
+        """The whole message; `subject` is the option with its value, as the user typed it, or ""."""
+        message = f"{subject}: {self.problem}" if subject else self.problem
+        return f"{message}; {self.remedy}" if self.remedy else message
 
 
 class DivergenceError(RuntimeError):
@@ -32,14 +41,11 @@ def is_rank_zero() -> bool:
 
 
 def rank_zero_print(message: str) -> None:
-    """One line on stderr, once, however many processes there are."""
+    """Prints one line on stderr, in the first process only."""
     if is_rank_zero():
         print(message, file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks and without the parser's chatter."""
-    text = str(error) or type(error).__name__
-    for theirs, ours in PARSER_NOISE:
-        text = re.sub(theirs, ours, text)
-    return " ".join(text.split())
+    """The message of an error without line breaks."""
+    return " ".join((str(error) or type(error).__name__).split())

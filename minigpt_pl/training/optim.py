@@ -1,53 +1,65 @@
-"""How weights are updated: parameter groups, one optimizer object, the learning rate as a pure function of the step.
+"""How weights are updated: the optimizer's options, parameter groups, AdamW and Muon, the learning-rate schedule.
 
-No Lightning here: `modules` asks for both.
+The schedule is a pure function of the step. Who applies it is in `lit_modules`.
 """
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from minigpt_pl.models.gpt import GPT
+from minigpt_pl.runtime.ranges import NonNegativeFinite, PositiveFinite
+
 OptimizerName = Literal["adamw", "muon"]
 LRSchedule = Literal["cosine", "constant"]
 
 
-def build_optimizer(
-    model: nn.Module, lr: float, weight_decay: float, rule: OptimizerName = "adamw"
-) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with torch's betas and eps, or Muon with such an AdamW.
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How a model is trained.
+
+    Args:
+        lr: Peak learning rate; with muon, that of all but Muon's matrices.
+        weight_decay: Weight decay of every parameter.
+        lr_schedule: cosine, after a warm-up, or constant.
+        optimizer: adamw, or muon for the matrices in the blocks and adamw for all else.
+        muon_lr: Peak learning rate of Muon's matrices.
+    """
+
+    lr: PositiveFinite
+    weight_decay: NonNegativeFinite
+    lr_schedule: LRSchedule = "cosine"
+    optimizer: OptimizerName = "muon"
+    muon_lr: PositiveFinite = 0.01
+
+
+def build_optimizer(model: GPT, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with torch's betas and eps, or Muon beside such an AdamW.
+
+    Lightning's automatic optimization takes one optimizer, so Muon and AdamW are groups of one object.
 
     Args:
         model: Each of its parameters is in exactly one group.
-        lr: Peak learning rate of every group, until it is set for a step.
-        weight_decay: On every parameter.
-        rule: adamw updates every parameter; muon leaves it embeddings, head, router and vectors, and updates the
-            matrices inside the blocks itself.
+        config: The options.
     """
     parameters = list(model.parameters())
     optimizer: torch.optim.AdamW
-    if rule == "adamw":
-        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    if config.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     else:
-        matrices = [p for name, p in model.named_parameters() if is_muon_parameter(name, p)]
-        chosen = {id(p) for p in matrices}
+        matrices = model.matrices()
+        others = [p for p in parameters if id(p) not in set(map(id, matrices))]
         groups = [
-            {"params": matrices, "use_muon": True},
-            {"params": [p for p in parameters if id(p) not in chosen], "use_muon": False},
+            {"params": matrices, "use_muon": True, "lr": config.muon_lr},
+            {"params": others, "use_muon": False, "lr": config.lr},
         ]
-        optimizer = Muon(groups, lr=lr, weight_decay=weight_decay, fused=True)
+        optimizer = Muon(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     check_param_groups(optimizer, parameters)
     return optimizer
-
-
-def is_muon_parameter(name: str, parameter: Tensor) -> bool:
-    """Whether Muon updates it: a matrix that maps vectors to vectors, or one for each expert, inside a block."""
-    return name.startswith("blocks.") and name.endswith(MUON_WEIGHTS)
-
-
-MUON_WEIGHTS = ("qkv.weight", "out.weight", "up.weight", "gate_up.weight", "gate_up", "down.weight", "down")
 
 
 def check_param_groups(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -56,14 +68,14 @@ def check_param_groups(optimizer: torch.optim.Optimizer, parameters: Iterable[nn
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for groups with `orthogonalise`; AdamW for others.
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for groups with `use_muon`; AdamW for the others.
 
-    A matrix (o, i) moves along its Nesterov momentum, made orthogonal and times lr * sqrt(max(1, o / i)); each of a
-    stack (E, o, i) does. Within that length rows that have long moved further than others are held back, as in NorMuon
-    (Li et al., arXiv 2510.05491).
+    A matrix (o, i) moves along its Nesterov momentum, orthogonalised and times lr * sqrt(max(1, o / i)); so does each
+    matrix of a stack (E, o, i). Within that length, rows that have long moved further than others are scaled down, as
+    in NorMuon (Li et al., arXiv 2510.05491).
     """
 
-    momentum, memory = 0.95, 0.95
+    momentum, beta2 = 0.95, 0.95
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -73,35 +85,35 @@ class Muon(torch.optim.AdamW):
                 loss = closure()
         for group in self.param_groups:
             if group["use_muon"]:
-                self._orthogonal_step(group)
-        super().step()  # passes by what has no gradient
+                self._muon_step(group)
+        super().step()  # skips parameters without a gradient, so those that _muon_step has updated
         return loss
 
-    def _orthogonal_step(self, group: dict[str, Any]) -> None:
-        same: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}  # one product for all matrices of a shape
+    def _muon_step(self, group: dict[str, Any]) -> None:
+        by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}  # one product for all matrices of a shape
         for p in group["params"]:
             if p.grad is not None:
-                same.setdefault(p.shape, []).append((p, p.grad))
-        for shape, matrices in same.items():
+                by_shape.setdefault(p.shape, []).append((p, p.grad))
+        for shape, matrices in by_shape.items():
             states = [self.state[p] for p, _ in matrices]
             for (p, _), state in zip(matrices, states, strict=True):
                 if not state:
-                    state["step"] = torch.zeros(())  # AdamW loads no state without
-                    state["momentum"], state["rows"] = torch.zeros_like(p), torch.zeros_like(p[..., :1])
+                    state["step"] = torch.zeros(())  # AdamW refuses to load a state without it
+                    state["momentum"], state["row_variance"] = torch.zeros_like(p), torch.zeros_like(p[..., :1])
                 p.grad = None
             momenta = [state["momentum"] for state in states]
             gradients: list[Tensor] = [gradient for _, gradient in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-            torch._foreach_lerp_(gradients, momenta, self.momentum)
-            updates = newton_schulz(torch.stack(gradients))
-            rows = updates.square().mean(-1, keepdim=True)
-            torch._foreach_lerp_([state["rows"] for state in states], rows.unbind(), 1 - self.memory)
-            even = updates * torch.stack([state["rows"] for state in states]).clamp_(min=1e-16).rsqrt_()
-            even *= frobenius_norm(updates) / frobenius_norm(even).clamp(min=1e-7)
+            torch._foreach_lerp_(gradients, momenta, self.momentum)  # Nesterov
+            updates = newton_schulz(torch.stack(gradients))  # (matrices, ..., o, i)
+            row_means = updates.square().mean(-1, keepdim=True)
+            torch._foreach_lerp_([state["row_variance"] for state in states], row_means.unbind(), 1 - self.beta2)
+            scaled = updates * torch.stack([state["row_variance"] for state in states]).clamp_(min=1e-16).rsqrt_()
+            scaled *= frobenius_norm(updates) / frobenius_norm(scaled).clamp(min=1e-7)
             rate = group["lr"] * math.sqrt(max(1, shape[-2] / shape[-1]))
             parameters: list[Tensor] = [p for p, _ in matrices]
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, even.unbind(), alpha=-rate)
+            torch._foreach_add_(parameters, scaled.unbind(), alpha=-rate)
 
 
 def frobenius_norm(matrices: Tensor) -> Tensor:
@@ -109,21 +121,21 @@ def frobenius_norm(matrices: Tensor) -> Tensor:
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:
-    """Matrices (..., o, i) with their singular vectors and with singular values near 1, between about 0.7 and 1.2.
+    """Matrices (..., o, i) with their singular vectors kept and their singular values moved to between 0.7 and 1.2.
 
-    Five times X <- P X with P = a + b XX' + c (XX')^2. All P commute, so that they and XX' are multiplied up as
-    matrices of the shorter side squared, and X comes in once, at the end.
+    Five iterations X <- P X with P = a + b XX' + c (XX')^2. All P commute, so they and XX' are multiplied as matrices
+    of the shorter side squared, and X is multiplied once, at the end.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: steepest at 0
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's coefficients, the steepest at 0
     x = matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
     x = x / (frobenius_norm(x) + 1e-7)
     gram = x @ x.mT
     product: Tensor | None = None
-    for turns_left in reversed(range(5)):
+    for remaining in reversed(range(5)):
         factor = b * gram + c * (gram @ gram)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         product = factor if product is None else factor @ product
-        if turns_left:
+        if remaining:
             gram = factor @ gram @ factor
     assert product is not None
     x = product @ x
@@ -131,7 +143,7 @@ def newton_schulz(matrices: Tensor) -> Tensor:
 
 
 def lr_factor(schedule: LRSchedule, step: int, max_steps: int) -> float:
-    """What the peak learning rate is multiplied by in the update that follows `step` completed ones.
+    """The factor of the peak learning rate in the update that follows `step` completed ones.
 
     cosine: linear warm-up over max(50, max_steps // 20) updates, then half a cosine down to a tenth at max_steps.
     """
@@ -140,5 +152,5 @@ def lr_factor(schedule: LRSchedule, step: int, max_steps: int) -> float:
     warmup = max(50, max_steps // 20)
     if step < warmup:
         return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, max_steps - warmup))
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
+    progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))

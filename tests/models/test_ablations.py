@@ -1,4 +1,4 @@
-"""The ladder: its ends are ClassicGPT and ModernGPT to the bit, and each step changes one part and nothing else."""
+"""The ablations: the first and last stage are ClassicGPT and ModernGPT bit by bit, and each stage changes one part."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,31 +12,31 @@ from minigpt_pl.experiments.results import run_differences
 from minigpt_pl.experiments.spec import read_study, resolve_config
 from minigpt_pl.generation.incremental import make_decode_fn
 from minigpt_pl.models.ablations import STAGES, AblationGPT
+from minigpt_pl.models.config import GPTConfig, ModernConfig
 from minigpt_pl.models.gpt import ClassicGPT, ModernGPT
 
-SIZES = (19, 12, 3, 2, 16, 0.0)
-PARTS = (10000.0, 1e-8, 2.0)
+SIZES = {"vocab_size": 19, "block_size": 12, "n_layer": 3, "n_head": 2, "n_embd": 16, "dropout": 0.0}
 STUDY = read_study(PROJECT / "configs" / "studies" / "ablations.yaml")
 
 
-def rung(name: str, seed: int = 5) -> AblationGPT:
-    return STAGES[name](*SIZES, *PARTS, seed=seed).eval()
+def stage(name: str, seed: int = 5) -> AblationGPT:
+    return STAGES[name](GPTConfig(**SIZES), seed).eval()
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(torch.arange(24).view(2, 12) % 19)[0]
 
 
-def test_the_lowest_is_classic_gpt_and_the_last_modern_gpt() -> None:
-    modern = ModernGPT(*SIZES, *PARTS, 0, 1, "softmax_all", 5, tie_embeddings=True, zero_init=False, conv_kernel_size=0)
-    ends = ("classic", ClassicGPT(*SIZES, seed=5)), ("tied", modern)
+def test_the_first_stage_is_classic_gpt_and_the_last_is_modern_gpt() -> None:
+    modern = ModernConfig(**SIZES, tie_embeddings=True, zero_init=False, conv_kernel_size=0)
+    ends = ("classic", ClassicGPT(GPTConfig(**SIZES), 5)), ("tied", ModernGPT(modern, 5))
     for name, model in ends:
         model.eval()
-        mine, theirs = rung(name).state_dict(), model.state_dict()
+        mine, theirs = stage(name).state_dict(), model.state_dict()
         assert list(mine) == list(theirs)
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-        assert torch.equal(logits(rung(name)), logits(model))
-        assert rung(name).flops_per_token() == model.flops_per_token()
+        assert torch.equal(logits(stage(name)), logits(model))
+        assert stage(name).flops_per_token() == model.flops_per_token()
 
 
 def parts(model: torch.nn.Module) -> dict[str, str]:
@@ -52,24 +52,24 @@ def parts(model: torch.nn.Module) -> dict[str, str]:
         ("tied", "swiglu", ()),
     ],
 )
-def test_a_step_replaces_its_part_alone(above: str, below: str, replaced: tuple[str, ...]) -> None:
-    now, was = parts(rung(above)), parts(rung(below))
+def test_a_stage_replaces_its_part_alone(above: str, below: str, replaced: tuple[str, ...]) -> None:
+    now, was = parts(stage(above)), parts(stage(below))
     changed = {name for name in now.keys() | was.keys() if now.get(name) != was.get(name)}
     assert all(any(part in name for part in replaced) for name in changed)
     assert all(any(part in name for name in changed) for part in replaced)
-    assert not torch.equal(logits(rung(above)), logits(rung(below)))
-    assert rung(above).params_total() < rung(below).params_total()
+    assert not torch.equal(logits(stage(above)), logits(stage(below)))
+    assert stage(above).params_total() < stage(below).params_total()
     if above == "rmsnorm":
-        assert not any(name.endswith("bias") for name, _ in rung(above).named_parameters())
+        assert not any(name.endswith("bias") for name, _ in stage(above).named_parameters())
     if above == "tied":
-        tied, untied = rung(above), rung(below)
+        tied, untied = stage(above), stage(below)
         assert tied.head.weight is tied.token_embedding.weight
         assert untied.head.weight is not untied.token_embedding.weight
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_step_is_causal_and_generates_as_it_reads(name: str) -> None:
-    model, ids = rung(name), torch.arange(12).view(1, 12) % 19
+def test_a_stage_is_causal_and_generates_as_it_reads(name: str) -> None:
+    model, ids = stage(name), torch.arange(12).view(1, 12) % 19
     other = ids.clone()
     other[:, -1] = 18
     assert torch.equal(model(ids)[0][:, :-1], model(other)[0][:, :-1])
@@ -78,7 +78,7 @@ def test_a_step_is_causal_and_generates_as_it_reads(name: str) -> None:
     torch.testing.assert_close(make_decode_fn(model, cache)(ids[:, 6]), model(ids[:, :7])[0][:, -1])
 
 
-def test_a_step_is_trained_and_loaded(minigpt: Callable[..., Outcome], tmp_path: Path, text_file: Path) -> None:
+def test_a_stage_is_trained_and_loaded(minigpt: Callable[..., Outcome], tmp_path: Path, text_file: Path) -> None:
     words = ("fit", *TINY, "--model", "AblationLM", "--model.stage", "rope", "--data.path", text_file)
     done = minigpt(*words, "--run_dir", tmp_path / "run")
     assert done.status == 0, done.err
@@ -89,7 +89,7 @@ def test_a_step_is_trained_and_loaded(minigpt: Callable[..., Outcome], tmp_path:
     assert "it must be classic or rmsnorm or rope or swiglu or tied" in wrong.err
 
 
-def test_each_step_of_the_study_changes_what_it_names() -> None:
+def test_each_stage_of_the_study_changes_what_it_names() -> None:
     found = {name: resolve_config(configuration.words) for name, configuration in STUDY.configurations.items()}
     large = found.pop("dense_as_large")  # beside the steps, which are nine
     assert {line.partition(":")[0] for line in run_differences(found["context"], large)} == {"model.ffn_mult"}

@@ -15,7 +15,7 @@ from minigpt_pl.generation.incremental import conv_fn, make_decode_fn
 from minigpt_pl.models.attention import KVCache
 from minigpt_pl.models.gpt import token_cross_entropy
 from minigpt_pl.models.short_conv import CausalDepthwiseConv, ShortConv
-from minigpt_pl.training.optim import build_optimizer
+from minigpt_pl.training.optim import OptimizerConfig, build_optimizer
 
 # Parity with Hugging Face's models, built from configurations; their weights are copied into ours.
 
@@ -191,7 +191,7 @@ def test_a_cache_changes_no_logit(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_positions_than_the_block_size_are_refused(kind: str) -> None:
     model, cache = build(kind), build(kind).new_cache()
-    with pytest.raises(AssertionError, match="16 at most"):
+    with pytest.raises(AssertionError, match="block_size is 16"):
         model(some_ids(1, 17))
     model(some_ids(1, 16), cache)
     with pytest.raises(AssertionError, match="window is full"):
@@ -296,7 +296,7 @@ def test_the_modern_head_is_the_embedding_and_the_classic_is_not() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_batch_is_learned_by_heart(kind: str) -> None:
     model, ids = build(kind).train(), some_ids(4, 17)
-    optimizer = build_optimizer(model, lr=1e-2, weight_decay=0.0)
+    optimizer = build_optimizer(model, OptimizerConfig(lr=1e-2, weight_decay=0.0, optimizer="adamw"))
     for _ in range(100):
         loss = token_cross_entropy(model(ids[:, :-1])[0], ids[:, 1:]).mean()
         optimizer.zero_grad()
@@ -339,12 +339,12 @@ def test_parameters_and_flops_are_counted_as_by_hand() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"n_embd": 30}, "n_embd is 30 and n_head 4: n_head must divide"),
+        ({"n_embd": 30}, "n_head is 4: it must divide n_embd, 30"),
         ({"n_embd": 0}, "n_embd is 0"),
         ({"n_layer": 0}, "n_layer is 0"),
         ({"block_size": -1}, "block_size is -1"),
         ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"n_embd": 12}, "n_embd is 12 and n_head 4: .* even"),
+        ({"n_embd": 12}, "n_head is 4: .* even width"),
         ({"rope_theta": 0.0}, "rope_theta is 0.0"),
         ({"ffn_mult": 0.01}, "ffn_mult is 0"),
         ({"conv_kernel_size": -1}, "conv_kernel_size is -1"),

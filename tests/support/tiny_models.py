@@ -1,6 +1,6 @@
-"""Models small enough for a test, one of each kind, and weights with which mistakes show.
+"""Models small enough for a test, one of each kind, and weights with which errors show.
 
-No tests here. Right after initialisation attention is all but uniform and experts all but alike; `redraw` changes that.
+No tests here. Right after initialisation attention is almost uniform and experts are almost equal; `redraw` changes that.
 """
 
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minigpt_pl.models.config import GPTConfig, ModernConfig
 from minigpt_pl.models.gpt import GPT, ClassicGPT, ModernGPT
 
 EXPERTS: dict[str, dict[str, Any]] = {
@@ -21,13 +22,14 @@ VOCAB = 19
 
 
 def build(kind: str, **changes: Any) -> GPT:
-    """A model of two layers in eval mode: classic, or the modern one by its experts or other means."""
-    sizes = {"vocab_size": VOCAB, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32, "dropout": 0.0, "seed": 1}
+    """A model of two layers in eval mode: classic, or the modern one by its experts or other options."""
+    sizes = {"vocab_size": VOCAB, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32, "dropout": 0.0}
+    seed = changes.pop("seed", 1)
     if kind == "classic":
-        return ClassicGPT(**{**sizes, **changes}).eval()
+        return ClassicGPT(GPTConfig(**{**sizes, **changes}), seed).eval()
     plain = {"tie_embeddings": True, "zero_init": False, "conv_kernel_size": 0}
     modern = {"rope_theta": 100.0, "rms_norm_eps": 1e-5, "ffn_mult": 2.0, **plain, **EXPERTS[kind]}
-    return ModernGPT(**{**sizes, **modern, **changes}).eval()
+    return ModernGPT(ModernConfig(**{**sizes, **modern, **changes}), seed).eval()
 
 
 def redraw(model: nn.Module, seed: int = 0, std: float = 0.2) -> None:

@@ -8,7 +8,7 @@ import torch
 from support.tiny_models import VOCAB, build
 
 from minigpt_pl.models.gpt import token_cross_entropy
-from minigpt_pl.training.optim import build_optimizer, lr_factor
+from minigpt_pl.training.optim import OptimizerConfig, build_optimizer, lr_factor
 
 EVERY_FOURTH_LOSS = {
     "classic": [2.916986, 2.809365, 2.577508, 2.394816, 2.388047],
@@ -21,7 +21,7 @@ EVERY_FOURTH_LOSS = {
 @pytest.mark.parametrize("kind", EVERY_FOURTH_LOSS)
 def test_losses_are_those_on_record(kind: str) -> None:
     model, losses = build(kind).train(), []
-    optimizer = build_optimizer(model, lr=2e-2, weight_decay=0.1)
+    optimizer = build_optimizer(model, OptimizerConfig(lr=2e-2, weight_decay=0.1, optimizer="adamw"))
     for step in range(20):
         ids = (torch.arange(17) * torch.arange(1, 9)[:, None] + 3 * step) % VOCAB  # row r counts in steps of r
         for group in optimizer.param_groups:

@@ -7,15 +7,30 @@ import torch
 from support.tiny_models import KINDS, build, lively, some_ids
 
 from minigpt_pl.models.gpt import token_cross_entropy
-from minigpt_pl.training.optim import Muon, build_optimizer, check_param_groups, lr_factor, newton_schulz
+from minigpt_pl.training.optim import (
+    Muon,
+    OptimizerConfig,
+    build_optimizer,
+    check_param_groups,
+    lr_factor,
+    newton_schulz,
+)
 
 EXPERTS = ("gate_up", "down")
+
+
+def adamw(lr: float, weight_decay: float) -> OptimizerConfig:
+    return OptimizerConfig(lr=lr, weight_decay=weight_decay, optimizer="adamw")
+
+
+def muon(lr: float, weight_decay: float) -> OptimizerConfig:
+    return OptimizerConfig(lr=lr, muon_lr=lr, weight_decay=weight_decay, optimizer="muon")
 
 
 def one_step(kind: str, lr: float, weight_decay: float, steps: int = 1) -> tuple[dict, dict, dict]:
     """Parameters before the last of some steps, its gradients, parameters after it; by name."""
     model, ids = lively(kind).train(), some_ids(4, 17)
-    optimizer = build_optimizer(model, lr=lr, weight_decay=weight_decay)
+    optimizer = build_optimizer(model, adamw(lr, weight_decay))
     for _ in range(steps):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         optimizer.zero_grad()
@@ -32,7 +47,7 @@ def one_step(kind: str, lr: float, weight_decay: float, steps: int = 1) -> tuple
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_parameter_is_in_exactly_one_group_tied_ones_once(kind: str) -> None:
     model = build(kind)
-    optimizer = build_optimizer(model, lr=1e-3, weight_decay=0.1)
+    optimizer = build_optimizer(model, adamw(1e-3, 0.1))
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
     assert len({id(p) for p in grouped}) == len(grouped)
     assert {id(p) for p in grouped} == {
@@ -74,7 +89,7 @@ def test_the_first_step_is_adamws_with_decay_on_every_parameter(kind: str) -> No
 def test_later_steps_have_torchs_default_betas() -> None:
     torch.manual_seed(0)
     weight, lr, m, v = torch.nn.Parameter(torch.ones(3)), 0.1, torch.zeros(3), torch.zeros(3)
-    optimizer = build_optimizer(torch.nn.ParameterList([weight]), lr=lr, weight_decay=0.0)
+    optimizer = build_optimizer(torch.nn.ParameterList([weight]), adamw(lr, 0.0))
     expected = weight.detach().clone()
     for step in range(1, 6):
         weight.grad = torch.tensor([1.0, -2.0, 0.5]) * step
@@ -109,10 +124,14 @@ def reference_newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
 
 def test_muon_is_its_formula_and_leaves_the_rest_to_adamw() -> None:
     lr, decay, generator = 0.1, 0.3, torch.Generator().manual_seed(0)
-    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleDict({"out": torch.nn.Linear(4, 6)})})
-    weight, bias = model["blocks"]["out"].weight, model["blocks"]["out"].bias
+    model = torch.nn.Linear(4, 6)
+    weight, bias = model.weight, model.bias
+    model.matrices = lambda: [weight]
     other = torch.nn.Parameter(bias.detach().clone())
-    optimizer, adamw = build_optimizer(model, lr, decay, "muon"), torch.optim.AdamW([other], lr=lr, weight_decay=decay)
+    optimizer, reference = (
+        build_optimizer(model, muon(lr, decay)),
+        torch.optim.AdamW([other], lr=lr, weight_decay=decay),
+    )
     expected, momentum, rows = weight.detach().clone(), torch.zeros(6, 4), torch.zeros(6, 1)
     for _ in range(3):
         weight.grad, bias.grad = torch.randn(6, 4, generator=generator), torch.randn(6, generator=generator)
@@ -123,7 +142,7 @@ def test_muon_is_its_formula_and_leaves_the_rest_to_adamw() -> None:
         even = update / rows.sqrt() * update.norm() / (update / rows.sqrt()).norm()
         expected = expected * (1 - lr * decay) - lr * math.sqrt(6 / 4) * even
         optimizer.step()
-        adamw.step()
+        reference.step()
         torch.testing.assert_close(weight.detach(), expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(bias, other)
 
@@ -145,7 +164,7 @@ def test_muon_treats_each_expert_as_a_matrix_of_its_own() -> None:
 )
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_the_rest(kind: str, feed_forward: tuple[str, ...]) -> None:
     model, ids = lively(kind).train(), some_ids(4, 17)
-    optimizer, names = build_optimizer(model, 1e-2, 0.1, "muon"), {p: name for name, p in model.named_parameters()}
+    optimizer, names = build_optimizer(model, muon(1e-2, 0.1)), {p: name for name, p in model.named_parameters()}
     mine = {"attention.qkv.weight", "attention.out.weight", *(f"feed_forward.{name}" for name in feed_forward)}
     logits, aux = model(ids[:, :-1])
     (token_cross_entropy(logits, ids[:, 1:]).mean() + aux).backward()
