@@ -1,62 +1,86 @@
-"""The pages in docs/ keep their word: commands run, or at least parse; links lead somewhere; no option is missing.
-
-`python tests/test_docs.py` writes docs/configuration.md anew.
-"""
+"""The pages in docs/ are true: commands run or parse, links and names exist, quoted numbers are those of reports."""
 
 import json
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import configuration_page
+import learning_curve
 import pytest
 import yaml
-from conftest import PROJECT, Outcome
-from learning_curve import PICTURE, draw
+from conftest import PROJECT, TINY, Outcome
 
 from minigpt_pl.checkpoint.run_dir import resolve_run_dir
-from minigpt_pl.cli.help import METAVARS, metavar
-from minigpt_pl.cli.options import CONFIGS, OptionSpec, flatten, option_name, option_specs
 from minigpt_pl.data.baselines import compute_baselines
 from minigpt_pl.runtime.errors import UserError, is_rank_zero
 
 PAGES = sorted(PROJECT.glob("docs/*.md"))
-CONFIGURATION = PROJECT / "docs" / "configuration.md"
-COMMANDS = ("fit", "validate", "test", "predict")
-OTHERS = {  # programs that are not ours; each line of theirs is looked at by hand, or by a test of its own
+README = PROJECT / "README.md"
+PARSED_COMMANDS = ("fit", "validate", "test", "predict")
+NOT_RUN = (*PARSED_COMMANDS, "doctor", "study", "report")
+OTHER_PROGRAMS = {  # an argument that each line of another program must have
     "wandb": {"login", "sync", "sweep", "agent"},
     "torchrun": {"--nproc-per-node", "--nnodes"},
-    "srun": {"python"},
     "sbatch": {"train.sh"},
     "pip": {"install"},
 }
 
 
-def commands(page: Path) -> list[str]:
-    """The lines of the bash blocks of a page, those that end in a backslash joined."""
+def page_commands(page: Path) -> list[str]:
+    """The lines of a page's bash blocks; lines that end in a backslash are joined."""
     blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     joined = "\n".join(blocks).replace("\\\n", " ")
     return [line.strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")]
 
 
-EVERY = [(page, command) for page in PAGES for command in commands(page)]
+COMMANDS = [(page, command) for page in PAGES for command in page_commands(page)]
 
 
-def of_minigpt(command: str) -> list[str]:
-    """The words for `minigpt` in a command, with which others may stand before and after them; [] if there are none."""
-    words = shlex.split(command, comments=True)
-    if words and words[0] == "minigpt":
-        return words[1:]
-    return words[words.index("main.py") + 1 :] if "main.py" in words else []
+def minigpt_args(command: str) -> list[str]:
+    """The arguments of `minigpt` or `main.py` in a command; [] if it runs another program."""
+    args = shlex.split(command, comments=True)
+    if args and args[0] == "minigpt":
+        return args[1:]
+    return args[args.index("main.py") + 1 :] if "main.py" in args else []
 
 
-def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has a command line read up to where the first thing would be built.
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a run and a text."""
+    from minigpt_pl.__main__ import main
 
-    Raises:
-        InputError: If it would be refused.
-    """
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "my.txt").write_text("the sea comes in, the sea goes out.\n" * 200, "utf-8")
+    sizes = ["--trainer.max_steps=4", "--data.eval_every=4", "--model.conv_kernel_size=0"]
+    assert main(["fit", *TINY, *sizes, f"--data.path={folder / 'my.txt'}", f"--run_dir={folder / 'run'}"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page.stem}: {command}" for page, command in COMMANDS])
+def test_a_command_parses(page: Path, command: str, monkeypatch: pytest.MonkeyPatch, trained: Path) -> None:
+    monkeypatch.chdir(trained)
+    args = minigpt_args(command)
+    if args and args[0] in PARSED_COMMANDS:
+        args = [str(trained / "run" / Path(arg).name) if arg.endswith(".ckpt") else arg for arg in args]
+        if "--ckpt_path" in args and "--run_dir" in args:
+            args[args.index("--run_dir") + 1] = str(trained / "run")
+        assert_parses(args, monkeypatch)
+    elif not args:
+        program, *rest = shlex.split(command)
+        if (program, *rest[:2]) == ("python", "-m", "pytest"):
+            paths = [arg for arg in rest if arg.startswith("tests/")]
+        elif program == "python":
+            paths = rest[:1]
+        else:
+            paths = []
+            assert any(arg.split("=")[0] in OTHER_PROGRAMS[program] for arg in rest)
+        assert all((PROJECT / path).exists() for path in paths)
+
+
+def assert_parses(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parses a command line and stops before anything is built. A refused one raises UserError."""
     from minigpt_pl.cli.app import MiniGPTCLI
 
     class Parsed(Exception):
@@ -67,70 +91,28 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(MiniGPTCLI, "instantiate_classes", stop)
     with pytest.raises(Parsed):
-        MiniGPTCLI(words[0], words[1:])
+        MiniGPTCLI(args[0], args[1:])
 
 
-@pytest.mark.parametrize(("page", "command"), EVERY, ids=[f"{page.stem}: {command}" for page, command in EVERY])
-def test_a_command_parses(page: Path, command: str, monkeypatch: pytest.MonkeyPatch, trained: Path) -> None:
-    monkeypatch.chdir(trained)
-    words = of_minigpt(command)
-    if words and words[0] in COMMANDS:
-        words = [str(trained / "run" / Path(word).name) if word.endswith(".ckpt") else word for word in words]
-        if "--ckpt_path" in words and "--run_dir" in words:
-            words[words.index("--run_dir") + 1] = str(trained / "run")
-        parsed(words, monkeypatch)
-    elif not words:
-        first, *rest = shlex.split(command)
-        if (first, *rest[:2]) == ("python", "-m", "pytest"):
-            rest = [word for word in rest if word.startswith("tests/")]
-            assert all((PROJECT / word).exists() for word in rest)
-        elif first == "python":
-            assert (PROJECT / rest[0]).is_file(), command
-        else:
-            assert any(word.split("=")[0] in OTHERS[first] for word in rest), command
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run in it, and a text."""
-    from minigpt_pl.__main__ import main
-
-    folder = tmp_path_factory.mktemp("docs")
-    (folder / "my.txt").write_text("the sea comes in, the sea goes out.\n" * 200, "utf-8")
-    words = (
-        "-c",
-        "smoke",
-        "--wandb",
-        "null",
-        "--samples",
-        "null",
-        "--trainer.max_steps",
-        "4",
-        "--data.eval_every",
-        "4",
-        "--model.conv_kernel_size",
-        "0",
-    )
-    assert main(["fit", *words, "--data.path", str(folder / "my.txt"), "--run_dir", str(folder / "run")]) == 0
-    return folder
-
-
-def test_export_and_floors_run(minigpt: Callable[..., Outcome], trained: Path, tmp_path: Path) -> None:
-    """Those of the commands that build nothing of the command line's own."""
-    for _, command in EVERY:
-        words = of_minigpt(command)
-        if not words or words[0] in (*COMMANDS, "doctor", "study", "report"):
+def test_export_and_baselines_run(minigpt: Callable[..., Outcome], trained: Path, tmp_path: Path) -> None:
+    """And every other command that neither trains nor needs a parser of its own."""
+    for number, (_, command) in enumerate(COMMANDS):
+        args = minigpt_args(command)
+        if not args or args[0] in NOT_RUN:
             continue
-        if words[0] == "export":
-            words[words.index("--ckpt_path") + 1] = str(trained / "run" / "best.ckpt")
-            words[words.index("--out") + 1] = str(tmp_path / f"out{len(list(tmp_path.iterdir()))}")
-        elif "--data.path" in words:
-            words[words.index("--data.path") + 1] = str(trained / "my.txt")
-        done = minigpt(*words)
-        assert done.status == 0, f"{command}: {done.err}"
+        replaced = {
+            "--ckpt_path": trained / "run" / "best.ckpt",
+            "--out": tmp_path / str(number),
+            "--data.path": trained / "my.txt",
+        }
+        for option, path in replaced.items():
+            if option in args:
+                args[args.index(option) + 1] = str(path)
+        result = minigpt(*args)
+        assert result.status == 0, f"{command}: {result.err}"
 
 
-def test_studies_of_a_page_can_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_studies_on_the_pages_can_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from minigpt_pl.experiments.runner import parser_of
     from minigpt_pl.experiments.spec import STUDY_FILE, find_study, plan, read_study
 
@@ -138,197 +120,170 @@ def test_studies_of_a_page_can_be_planned(tmp_path: Path, monkeypatch: pytest.Mo
     page = (PROJECT / "docs" / "study.md").read_text("utf-8")
     (example,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     Path("wide.yaml").write_text(example, "utf-8")
-    for command, *words in filter(None, (of_minigpt(line) for _, line in EVERY)):
+    for command, *args in filter(None, (minigpt_args(line) for _, line in COMMANDS)):
         if command == "study":
-            said = parser_of("study").parse_args(words)
-            study = read_study(find_study(said.file))
-            assert plan(study, Path("out"), Path("runs"), said.seeds, said.only)
+            options = parser_of("study").parse_args(args)
+            study = read_study(find_study(options.file))
+            assert plan(study, Path("out"), Path("runs"), options.seeds, options.only)
         elif command == "report":
-            assert (PROJECT / words[0] / STUDY_FILE).is_file(), words
+            assert (PROJECT / args[0] / STUDY_FILE).is_file(), args
 
 
 def test_the_sweep_calls_our_command_line(
     monkeypatch: pytest.MonkeyPatch, minigpt: Callable[..., Outcome], trained: Path, tmp_path: Path
 ) -> None:
-    """Its command as the agent would fill it in, --NAME=VALUE for each parameter: run, but offline and small."""
+    """Runs its command as W&B's agent fills it in, with --NAME=VALUE for each parameter, but offline and small."""
     import wandb
 
     from minigpt_pl.checkpoint.io import read_checkpoint
     from minigpt_pl.training.summary import RunSummary
 
     sweep = yaml.safe_load((PROJECT / "docs" / "wandb-sweep.yaml").read_text("utf-8"))
-    arguments = [f"--{name}={found['values'][0]}" for name, found in sweep["parameters"].items()]
-    filled = {"${env}": [], "${interpreter}": ["python"], "${args}": arguments}
-    words = [word for part in sweep["command"] for word in filled.get(part, [part])]
-    assert words[:2] == ["python", "main.py"]
+    parameters = [f"--{name}={parameter['values'][0]}" for name, parameter in sweep["parameters"].items()]
+    macros = {"${env}": [], "${interpreter}": ["python"], "${args}": parameters}
+    program, file, *args = [arg for item in sweep["command"] for arg in macros.get(item, [item])]
+    assert (program, file) == ("python", "main.py")
     assert sweep["metric"]["name"] in RunSummary({}, None, None).best
-    assert minigpt(*words[2:], "--model.lrr=1").status == 2
+    assert minigpt(*args, "--model.lrr=1").status == 2
 
-    wandb.setup()  # before it learns of a sweep, which the tests after this one have no part in
+    wandb.setup()  # before it sees the sweep's variables, which would stay for later tests
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
     monkeypatch.setenv("WANDB_RUN_ID", "chosen")
     small = ("-c", "smoke", "--data.path", trained / "my.txt", "--samples", "null", "--wandb.offline=true")
-    done = minigpt(*words[2:], *small, "--run_dir", tmp_path / "run")
-    assert done.status == 0, done.err
+    result = minigpt(*args, *small, "--trainer.max_steps=4", "--run_dir", tmp_path / "run")
+    assert result.status == 0, result.err
     assert list(tmp_path.glob("run/wandb/offline-run-*-chosen"))
     assert read_checkpoint(tmp_path / "run" / "last.ckpt")["wandb_id"] == "chosen"
 
 
-@pytest.mark.parametrize("page", [*PAGES, PROJECT / "README.md"], ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+@pytest.mark.parametrize("page", [*PAGES, README], ids=lambda page: page.name)
+def test_links_exist(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
-        if "://" not in target:
-            assert (page.parent / target).exists(), target
+        assert "://" in target or (page.parent / target).exists(), target
 
 
-def rows(text: str) -> dict[str, list[str]]:
-    """The cells of the tables in a page, by the name in backticks that stands first in a row."""
-    found: dict[str, list[str]] = {}
-    for name, rest in re.findall(r"^\| `([^`]+)` \|(.*)\|$", text, re.MULTILINE):
-        found.setdefault(name, []).extend(rest.split("|"))
-    return found
+def test_readme_links_to_every_page() -> None:
+    readme = README.read_text("utf-8")
+    for page in [*PAGES, *PROJECT.glob("docs/*.svg")]:
+        assert f"(docs/{page.name})" in readme, page.name
 
 
-def rounded(text: str, digits: int) -> set[str]:
-    return {f"{float(number):.{digits}f}" for number in re.findall(r"-?\d+\.\d+", text)}
+def table_rows(text: str) -> dict[str, list[str]]:
+    """The cells of all tables, by the name in backticks at the start of a row."""
+    rows: dict[str, list[str]] = {}
+    for name, cells in re.findall(r"^\| `([^`]+)` \|(.*)\|$", text, re.MULTILINE):
+        rows.setdefault(name, []).extend(cells.split("|"))
+    return rows
 
 
-def test_figures_that_a_page_quotes_of_a_study_are_its_own() -> None:
-    """A row belongs to the study that the page has last linked to before it."""
-    quoted = 0
-    for page in [*PAGES, PROJECT / "README.md"]:
-        _, *parts = re.split(r"\]\(([^)#\s]*results/\w+/index\.md)\)", page.read_text("utf-8"))
-        for target, text in zip(parts[::2], parts[1::2], strict=True):
-            study = rows((page.parent / target).read_text("utf-8"))
-            for name, cells in rows(text).items():
-                for number in re.findall(r"-?\d+\.\d+", " ".join(cells)) if name in study else ():
-                    known = rounded(" ".join(study[name]), len(number.split(".")[1]))
-                    assert number in known, f"{page.name}: {name}: {number} is not in {target}"
-                    quoted += 1
-    assert quoted
+def decimals(text: str) -> list[str]:
+    return re.findall(r"-?\d+\.\d+", text)
 
 
-def test_tests_that_a_page_names_exist() -> None:
-    sources = {path.name: path.read_text("utf-8") for path in PROJECT.glob("tests/*.py")}
+def test_quoted_numbers_are_those_of_the_report() -> None:
+    """A table row belongs to the report that is linked last before it."""
+    quoted = set()
+    for page in [*PAGES, README]:
+        _, *linked = re.split(r"\]\(([^)#\s]*results/\w+/report\.md)\)", page.read_text("utf-8"))
+        for target, text in zip(linked[::2], linked[1::2], strict=True):
+            report = table_rows((page.parent / target).read_text("utf-8"))
+            for name, cells in table_rows(text).items():
+                for number in decimals(" ".join(cells)) if name in report else ():
+                    digits = len(number.split(".")[1])
+                    rounded = {f"{float(value):.{digits}f}" for value in decimals(" ".join(report[name]))}
+                    assert number in rounded, f"{page.name}: {name}: {number} is not in {target}"
+                    quoted.add(page.stem)
+    assert quoted >= {"conclusions", "recipes"}
+
+
+def test_tests_named_on_a_page_exist() -> None:
+    """`test_name` anywhere, `folder/test_file.py::test_name` in that file; `tests/...` is a path."""
+    sources = {
+        str(path.relative_to(PROJECT / "tests")): path.read_text("utf-8") for path in PROJECT.rglob("tests/**/*.py")
+    }
+    named = 0
     for page in PAGES:
-        for name in re.findall(r"`(test_\w+)`", page.read_text("utf-8")):
-            assert any(f"def {name}(" in source for source in sources.values()), f"{page.name}: {name}"
-        for file in re.findall(r"`tests/(\w+\.py)`", page.read_text("utf-8")):
-            assert file in sources, f"{page.name}: {file}"
+        text = page.read_text("utf-8")
+        for file, name in re.findall(r"`(?:([\w/]+\.py)::)?(test_\w+)`", text):
+            searched = [sources[file]] if file else sources.values()
+            assert any(f"def {name}(" in source for source in searched), f"{page.name}: {name}"
+            named += 1
+        for path in re.findall(r"`(tests/[\w/]+\.py)", text):
+            assert (PROJECT / path).is_file(), f"{page.name}: {path}"
+    assert named
+
+
+def test_code_named_in_architecture_exists() -> None:
+    """Every part of a dotted name in backticks is a file, class, function, method or constant of the package."""
+    files = {
+        path.relative_to(PROJECT / "minigpt_pl"): path.read_text("utf-8")
+        for path in PROJECT.rglob("minigpt_pl/**/*.py")
+    }
+    stems = {path.stem for path in files} | {path.name for path in files} | {f"{path.parent}/" for path in files}
+    defined = set(
+        re.findall(r"^\s*(?:class|def) (\w+)|^(\w+)(?:: [^=\n]+)? = ", "\n".join(files.values()), re.MULTILINE)
+    )
+    known = stems | {name for pair in defined for name in pair}
+    text = (PROJECT / "docs" / "architecture.md").read_text("utf-8")
+    names = re.findall(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|[A-Z_]\w+)`", text)
+    assert len(names) > 10
+    for name in names:
+        parts = [name] if name.endswith((".py", ".csv")) else name.split(".")
+        assert name == "metrics.csv" or set(parts) <= known, name
+    for path in re.findall(r"`(\w+/\w+\.py)`", text):
+        assert (PROJECT / "minigpt_pl" / path).is_file() or (PROJECT / path).is_file(), path
+
+
+def test_the_page_of_options_is_current() -> None:
+    current = configuration_page.PAGE.read_text("utf-8") == configuration_page.render()
+    assert current, "run python docs/build/configuration_page.py"
+
+
+def curve_labels(path: Path) -> set[str]:
+    """The labels beside the lines of a learning curve, such as `bigram 2.334`."""
+    return set(re.findall(r">(\S+ (?:model )?\d\.\d{3})</text>", path.read_text("utf-8")))
+
+
+def expected_labels(text: str, best: float) -> set[str]:
+    values = {name: metrics["nats_per_char"] for name, metrics in compute_baselines(text).items()}
+    return {f"{name} {value:.3f}" for name, value in (values | {"this model": best}).items()}
+
+
+def test_the_curve_is_that_of_readmes_run() -> None:
+    readme = README.read_text("utf-8")
+    best = float(re.findall(r"^\| `val/nats_per_char` .* (\d\.\d+) \|$", readme, re.MULTILINE)[0])
+    assert f"{best:.3f}" == f"{float(re.findall(r'best val/loss (.*?) ', readme)[0]):.3f}"
+    assert curve_labels(learning_curve.CURVE) == expected_labels("data/input.txt", best)
+
+
+def test_a_run_is_drawn_beside_the_baselines_of_its_text(trained: Path, tmp_path: Path) -> None:
+    learning_curve.draw(trained / "run", tmp_path / "curve.svg")
+    best = json.loads((trained / "run" / "summary.json").read_text("utf-8"))["best_nats_per_char"]
+    assert curve_labels(tmp_path / "curve.svg") == expected_labels(str(trained / "my.txt"), best)
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK"])
-def test_of_processes_started_side_by_side_one_is_the_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun, SLURM and Lightning on a second node each say in their own variable which process this is."""
+def test_each_launcher_names_the_first_process(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun, SLURM and Lightning on a second node each use their own variable for the number of the process."""
     for other in ("LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK", "MINIGPT_RUN_DIR", "MINIGPT_RESUMING"):
         monkeypatch.delenv(other, raising=False)
     assert is_rank_zero()
     monkeypatch.setenv(name, "1")
     assert not is_rank_zero()
     assert resolve_run_dir("runs/x", None, "ModernLM") == (Path("runs/x"), False)
-    with pytest.raises(UserError, match="give --run_dir"):
+    with pytest.raises(UserError, match="--run_dir"):
         resolve_run_dir("", None, "ModernLM")
 
 
 @pytest.mark.parametrize(("mark", "count"), [("TORCHELASTIC_RUN_ID", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
-def test_the_first_of_several_says_that_they_need_a_place(
-    mark: str, count: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only it speaks; did it wait for the others, which have ended, nobody would say why."""
+def test_several_processes_need_run_dir(mark: str, count: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one says so too: it alone prints, and the others have ended."""
     monkeypatch.delenv("MINIGPT_RUN_DIR", raising=False)
     monkeypatch.setenv(mark, "0")
     monkeypatch.setenv(count, "2")
     assert is_rank_zero()
-    with pytest.raises(UserError, match="give --run_dir"):
+    with pytest.raises(UserError, match="--run_dir"):
         resolve_run_dir("", None, "ModernLM")
     assert resolve_run_dir("runs/x", None, "ModernLM") == (Path("runs/x"), False)
     monkeypatch.setenv(count, "1")
     assert resolve_run_dir("", None, "ModernLM")[0].parent == Path("runs")
-
-
-def labels(picture: Path) -> set[str]:
-    """What stands beside the lines of a learning curve, such as `bigram 2.334`."""
-    return set(re.findall(r">(\S+ (?:model )?\d\.\d{3})</text>", picture.read_text("utf-8")))
-
-
-def expected_labels(text: str, best: float) -> set[str]:
-    values = {name: figures["nats_per_char"] for name, figures in compute_baselines(text).items()} | {
-        "this model": best
-    }
-    return {f"{name} {value:.3f}" for name, value in values.items()}
-
-
-def test_the_curve_is_that_of_the_run_that_readme_shows() -> None:
-    readme = (PROJECT / "README.md").read_text("utf-8")
-    best = float(re.findall(r"^\| `val/nats_per_char` .* (\d\.\d+) \|$", readme, re.MULTILINE)[0])
-    assert f"{best:.3f}" == f"{float(re.findall(r'best val/loss (.*?) ', readme)[0]):.3f}"
-    assert labels(PICTURE) == expected_labels("data/input.txt", best)
-
-
-def test_a_run_is_drawn_beside_the_floors_of_its_text(trained: Path, tmp_path: Path) -> None:
-    draw(trained / "run", tmp_path / "curve.svg")
-    best = json.loads((trained / "run" / "summary.json").read_text("utf-8"))["best_nats_per_char"]
-    assert labels(tmp_path / "curve.svg") == expected_labels(str(trained / "my.txt"), best)
-
-
-def test_readme_leads_to_every_page() -> None:
-    readme = (PROJECT / "README.md").read_text("utf-8")
-    for page in [*PAGES, *PROJECT.glob("docs/*.svg")]:
-        assert f"(docs/{page.name})" in readme, page.name
-
-
-HEAD = """# Every option
-
-An option stands on the command line with two dashes, or in a file for `-c` with its dots as levels; both count in
-their order, the last one wins. Weaker are the checkpoint, then `configs/default.yaml`, then the code. Defaults are
-those of a `fit` without files; a dash means that there is none, or that it follows from something else. `--run_dir`,
-`--ckpt_path`, `--config` and `--print_config` are for the command line only. Options of `--trainer` that are not
-here are decided by this project, and the command line says what to use instead.
-
-Written by `python tests/test_docs.py` from the parser.
-
-| option | value | default | commands | what it does |
-|---|---|---|---|---|
-"""
-
-
-def configuration() -> str:
-    """docs/configuration.md, from what the parser knows."""
-    defaults: dict[str, Any] = {
-        option_name(name): value
-        for name, value in flatten(yaml.safe_load((CONFIGS / "default.yaml").read_text("utf-8")))
-    }
-    known: dict[str, tuple[OptionSpec, list[str]]] = {}
-    for command in COMMANDS:
-        for name, setting in option_specs(command).items():
-            known.setdefault(name, (setting, []))[1].append(command)
-    lines = HEAD.splitlines()
-    for name, (setting, where) in known.items():
-        default = defaults.get(name, setting.default)
-        shown = (
-            "-" if default is OptionSpec._field_defaults["default"] or default in ("", None) else f"`{plain(default)}`"
-        )
-        value = (METAVARS.get(name) if name in METAVARS else metavar(setting.type)) or "-"
-        text = f"{setting.only}: {setting.help}" if setting.only else in_our_words(setting.help)
-        commands_ = "all" if len(where) == len(COMMANDS) else ", ".join(where)
-        cells = [f"`--{name}`", value, shown, commands_, text]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def in_our_words(text: str) -> str:
-    """Lightning's help in this page's markup, without the default, which has a column."""
-    text = re.sub(r":paramref:`~[\w.]+\.(\w+)`", r"`\1`", text)
-    return re.sub(r"\s*Default: ``.*?``\.$", "", text).replace("``", "`")
-
-
-def plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value).replace("\n", "\\n")
-
-
-def test_the_table_of_options_is_that_of_the_parser() -> None:
-    assert CONFIGURATION.read_text("utf-8") == configuration(), "run python tests/test_docs.py"
-
-
-if __name__ == "__main__":
-    CONFIGURATION.write_text(configuration(), "utf-8")

@@ -1,6 +1,7 @@
-"""Draws docs/curve.svg, which README shows: the learning curve of a run beside the floors of its text.
+"""Draws docs/curve.svg, the plot in README: a run's learning curve beside the baselines of its text.
 
-`python docs/build/learning_curve.py runs/first`; README's table of checks is printed. Any run will do, if it ended with a summary.
+`python docs/build/learning_curve.py runs/first` writes the plot and prints README's table of losses. It takes any run
+that has a summary.json.
 """
 
 import csv
@@ -12,32 +13,32 @@ from typing import Any
 
 from minigpt_pl.data.baselines import compute_baselines
 
-PICTURE = Path(__file__).parents[2] / "docs" / "curve.svg"
+CURVE = Path(__file__).parents[1] / "curve.svg"
 STEPS = (100, 200, 400, 800, 1200, 1500)
-TRAIN, VAL, FLOOR, INK = "#9db8d9", "#1f5fa8", "#b0762a", "#333333"
-CLOSEST = 0.075  # nats between two labels, so that they do not cover each other
+TRAIN, VAL, BASELINE = "#9db8d9", "#1f5fa8", "#b0762a"
+MIN_LABEL_DISTANCE = 0.075  # in nats, so that labels do not overlap
 
 
-def rows_of(run: Path) -> dict[str, dict[int, dict[str, str]]]:
-    """The rows of metrics.csv, by part and step."""
-    found: dict[str, dict[int, dict[str, str]]] = {"train": {}, "val": {}}
+def read_metrics(run: Path) -> dict[str, dict[int, dict[str, str]]]:
+    """The rows of metrics.csv by split and step."""
+    rows: dict[str, dict[int, dict[str, str]]] = {"train": {}, "val": {}}
     with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            found[row["split"]][int(row["step"])] = row
-    return found
+            rows[row["split"]][int(row["step"])] = row
+    return rows
 
 
-def apart(heights: dict[str, float]) -> dict[str, float]:
-    """Where labels are to stand, each at its height or just far enough above the one below it."""
-    placed: dict[str, float] = {}
+def label_positions(heights: dict[str, float]) -> dict[str, float]:
+    """The position of each label: its own height, or just far enough above the label below it."""
+    positions: dict[str, float] = {}
     below = -math.inf
     for name, height in sorted(heights.items(), key=lambda item: item[1]):
-        below = placed[name] = max(height, below + CLOSEST)
-    return placed
+        below = positions[name] = max(height, below + MIN_LABEL_DISTANCE)
+    return positions
 
 
-def draw(run: Path, picture: Path) -> None:
-    """Writes the picture, the same bytes for the same run."""
+def draw(run: Path, path: Path) -> None:
+    """Writes the plot. The same run gives the same bytes."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -45,44 +46,43 @@ def draw(run: Path, picture: Path) -> None:
 
     options: dict[str, Any] = {"svg.hashsalt": "minigpt", "svg.fonttype": "none", "font.size": 10}
     summary = json.loads((run / "summary.json").read_text("utf-8"))
-    data, rows, last = summary["config"]["data"], rows_of(run), summary["total_steps"]
-    known = compute_baselines(data["path"], data["train_frac"], data["test_frac"])
-    lines = {name: figures["nats_per_char"] for name, figures in known.items()}
+    data, rows, last, best = summary["config"]["data"], read_metrics(run), summary["total_steps"], "this model"
+    metrics = compute_baselines(data["path"], data["train_frac"], data["test_frac"])
+    baselines = {name: values["nats_per_char"] for name, values in metrics.items()}
     with pyplot.rc_context(options):
         figure, axes = pyplot.subplots(figsize=(8, 5))
-        train = {step: float(row["train/loss"]) for step, row in rows["train"].items()}
         val = {step: float(row["val/nats_per_char"]) for step, row in rows["val"].items()}
-        if data["tokenizer"] == "char":  # else it is in nats per token, another unit
+        if data["tokenizer"] == "char":  # with bpe train/loss is in nats per token, another unit
+            train = {step: float(row["train/loss"]) for step, row in rows["train"].items()}
             axes.plot(list(train), list(train.values()), color=TRAIN, linewidth=1, label="train/loss, dropout on")
         axes.plot(list(val), list(val.values()), color=VAL, marker="o", markersize=3.5, label="val/nats_per_char")
-        for value in lines.values():
-            axes.axhline(value, color=FLOOR, linewidth=0.8, linestyle=(0, (5, 3)))
-        best = {f"this model {summary['best_nats_per_char']:.3f}": summary["best_nats_per_char"]}
-        for label, height in apart({f"{name} {value:.3f}": value for name, value in lines.items()} | best).items():
-            color = VAL if label in best else FLOOR
-            axes.annotate(label, (last * 1.015, height), color=color, va="center", annotation_clip=False)
+        for value in baselines.values():
+            axes.axhline(value, color=BASELINE, linewidth=0.8, linestyle=(0, (5, 3)))
+        labels = baselines | {best: summary["best_nats_per_char"]}
+        for name, height in label_positions(labels).items():
+            color, position = VAL if name == best else BASELINE, (last * 1.015, height)
+            axes.annotate(f"{name} {labels[name]:.3f}", position, color=color, va="center", annotation_clip=False)
         axes.set_xlim(0, last)
-        axes.set_ylim(min(lines["5-gram"], *val.values()) - 0.1, max(lines["unigram"], *val.values()) + 0.15)
+        axes.set_ylim(min(baselines["5-gram"], *val.values()) - 0.1, max(baselines["unigram"], *val.values()) + 0.15)
         axes.set_xlabel("optimizer steps")
         axes.set_ylabel("nats per character")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.93))
         figure.subplots_adjust(left=0.08, right=0.83, top=0.97, bottom=0.11)
-        figure.savefig(picture, metadata={"Date": None, "Title": "The learning curve and the floors of simple methods"})
+        figure.savefig(path, metadata={"Date": None, "Title": "Learning curve and baselines"})
         pyplot.close(figure)
 
 
-def table(run: Path) -> str:
-    """README's table of a run's checks."""
-    rows = rows_of(run)
-    parts = {"`train/loss`": ("train", "train/loss"), "`val/nats_per_char`": ("val", "val/nats_per_char")}
+def render_table(run: Path) -> str:
+    """README's table of a run's losses."""
+    rows = read_metrics(run)
     lines = ["| step | " + " | ".join(map(str, STEPS)) + " |", "|---" * (len(STEPS) + 1) + "|"]
-    for title, (part, column) in parts.items():
-        cells = [f"{float(rows[part][step][column]):.3f}" for step in STEPS]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    for split, column in (("train", "train/loss"), ("val", "val/nats_per_char")):
+        cells = [f"{float(rows[split][step][column]):.3f}" for step in STEPS]
+        lines.append(f"| `{column}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]), PICTURE)
-    print(table(Path(sys.argv[1])))
+    draw(Path(sys.argv[1]), CURVE)
+    print(render_table(Path(sys.argv[1])))
