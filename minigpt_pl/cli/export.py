@@ -1,6 +1,7 @@
-"""A checkpoint as a Hugging Face model folder, which `transformers` loads without any code of ours.
+"""Export of a checkpoint as a Hugging Face model folder, which `transformers` loads without any code of this project.
 
-Weights are renamed and cut apart, never changed: what no layout can express is refused. transformers is not needed.
+Weights are renamed, split and transposed, never changed: a model that no layout can express is refused. The package
+transformers itself is not needed.
 """
 
 import json
@@ -16,186 +17,123 @@ from tokenizers import models as token_models
 from torch import Tensor
 
 from minigpt_pl.checkpoint.io import read_checkpoint
-from minigpt_pl.data import tokenizer as tokenizers
-from minigpt_pl.data.tokenizer import BPETokenizer, Tokenizer
-from minigpt_pl.models.attention import CausalSelfAttention
+from minigpt_pl.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from minigpt_pl.models.gpt import GPT, ClassicGPT, ModernGPT
 from minigpt_pl.models.moe import MoE
 from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.training.lit_modules import from_checkpoint
 
+# Our name -> the layout's name, for each part of a parameter's dotted name.
+GPT2_NAMES = {
+    "token_embedding": "transformer.wte", "position_embedding": "transformer.wpe", "blocks": "transformer.h",
+    "norm_1": "ln_1", "attention": "attn", "qkv": "c_attn", "out": "c_proj",
+    "norm_2": "ln_2", "feed_forward": "mlp", "up": "c_fc", "down": "c_proj",
+    "norm": "transformer.ln_f", "head": "lm_head",
+}  # fmt: skip
+LLAMA_NAMES = {
+    "token_embedding": "model.embed_tokens", "blocks": "model.layers",
+    "norm_1": "input_layernorm", "attention": "self_attn", "q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj",
+    "norm_2": "post_attention_layernorm", "feed_forward": "mlp", "gate": "gate_proj", "up": "up_proj",
+    "down": "down_proj", "norm": "model.norm", "head": "lm_head",
+}  # fmt: skip
+QWEN2_MOE_NAMES = LLAMA_NAMES | {"router": "gate"}
+MIXTRAL_NAMES = QWEN2_MOE_NAMES | {"feed_forward": "block_sparse_moe", "gate": "w1", "up": "w3", "down": "w2"}
+NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None}
+
 Layout = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def layout_of(model: GPT) -> Layout:
-    """The config.json and the named weights under which transformers computes the same function.
+    """The config.json and the named weights with which transformers computes the same function.
 
     Raises:
-        InputError: If no layout has the model's function.
+        UserError: If no layout has the model's function.
     """
     if type(model) is ClassicGPT:
         return gpt2(model)
-    if type(model) is ModernGPT:
-        if blocks_of(model)[0].conv_1 is not None:
-            raise UserError("no layout in transformers has short convolutions: train with --model.conv_kernel_size 0")
-        first = blocks_of(model)[0].feed_forward
-        if not isinstance(first, MoE):
-            return llama(model)
-        renormalised = first.gate == "softmax_selected"
-        return mixtral(model, first) if renormalised else qwen2_moe(model, first)
-    raise UserError(f"{type(model).__name__} has no layout in transformers: export a ClassicLM or a ModernLM")
+    if type(model) is not ModernGPT:
+        name = type(model).__name__
+        raise UserError(f"transformers has no layout for {name}", remedy="export a ClassicLM or a ModernLM")
+    if model.blocks[0].conv_1 is not None:
+        problem = "transformers has no layout with short convolutions"
+        raise UserError(problem, remedy="train with --model.conv_kernel_size 0")
+    return llama_family(model)
 
 
-def blocks_of(model: GPT) -> list[Any]:
-    """The blocks; torch types the parts of a module as tensors or modules of any kind."""
-    return list(model.blocks)
-
-
-def norm_of(model: GPT) -> Any:
-    return model.norm
+def rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    return {".".join(names.get(part, part) for part in name.split(".")): weight for name, weight in weights.items()}
 
 
 def gpt2(model: ClassicGPT) -> Layout:
-    first = blocks_of(model)[0]
+    block: Any = model.blocks[0]
     config = {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": model.head.out_features,
-        "n_positions": model.block_size,
-        "n_embd": model.head.in_features,
-        "n_layer": len(blocks_of(model)),
-        "n_head": first.attention.n_head,
-        "n_inner": first.feed_forward.up.out_features,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": first.norm_1.eps,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": model.head.out_features,
+        "n_positions": model.block_size, "n_embd": model.head.in_features, "n_layer": len(model.blocks),
+        "n_head": block.attention.n_head, "n_inner": block.feed_forward.up.out_features,
+        "activation_function": "gelu_new", "layer_norm_epsilon": block.norm_1.eps, "tie_word_embeddings": False,
+        **NO_SPECIAL_TOKENS,
+    }  # fmt: skip
+    weights = {  # GPT-2 stores the matrices of its blocks as (in, out)
+        name: weight.T if name.startswith("blocks.") and weight.dim() == 2 else weight
+        for name, weight in model.state_dict().items()
     }
-    weights = {
-        "transformer.wte.weight": model.token_embedding.weight,
-        "transformer.wpe.weight": model.position_embedding.weight,
-        "transformer.ln_f.weight": norm_of(model).weight,
-        "transformer.ln_f.bias": norm_of(model).bias,
-        "lm_head.weight": model.head.weight,
-    }
-    for i, block in enumerate(blocks_of(model)):
-        for theirs, module in {
-            "ln_1": block.norm_1,
-            "attn.c_attn": block.attention.qkv,
-            "attn.c_proj": block.attention.out,
-            "ln_2": block.norm_2,
-            "mlp.c_fc": block.feed_forward.up,
-            "mlp.c_proj": block.feed_forward.down,
-        }.items():
-            turned = isinstance(module, torch.nn.Linear)  # GPT-2 keeps its products as (in, out)
-            weights[f"transformer.h.{i}.{theirs}.weight"] = module.weight.T if turned else module.weight
-            weights[f"transformer.h.{i}.{theirs}.bias"] = module.bias
-    return config, weights
+    return config, rename(weights, GPT2_NAMES)
 
 
-def llama_like(model: ModernGPT, family: str, model_type: str) -> Layout:
-    """What Llama, Mixtral and Qwen2-MoE share: everything but the feed-forward nets."""
-    attention: CausalSelfAttention = blocks_of(model)[0].attention
-    n_embd, n_head = model.head.in_features, attention.n_head
-    assert attention.rope is not None
+def llama_family(model: ModernGPT) -> Layout:
+    """Llama, or with experts Mixtral or Qwen2-MoE: these differ in the feed-forward nets only."""
+    block: Any = model.blocks[0]
+    n_embd, attention, feed_forward = model.head.in_features, block.attention, block.feed_forward
+    is_tied = model.head.weight is model.token_embedding.weight
     config = {
-        "model_type": model_type,
-        "architectures": [f"{family}ForCausalLM"],
-        "vocab_size": model.head.out_features,
-        "hidden_size": n_embd,
-        "num_hidden_layers": len(blocks_of(model)),
-        "num_attention_heads": n_head,
-        "num_key_value_heads": n_head,
-        "head_dim": n_embd // n_head,
-        "hidden_act": "silu",
-        "max_position_embeddings": model.block_size,
-        "rms_norm_eps": norm_of(model).eps,
-        "rope_theta": attention.rope.theta,
+        "vocab_size": model.head.out_features, "hidden_size": n_embd, "num_hidden_layers": len(model.blocks),
+        "num_attention_heads": attention.n_head, "num_key_value_heads": attention.n_head,
+        "head_dim": n_embd // attention.n_head, "max_position_embeddings": model.block_size,
+        "hidden_act": "silu", "rms_norm_eps": block.norm_1.eps, "rope_theta": attention.rope.theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope.theta},
-        "tie_word_embeddings": model.head.weight is model.token_embedding.weight,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    weights = {
-        "model.embed_tokens.weight": model.token_embedding.weight,
-        "model.norm.weight": norm_of(model).weight,
-    }
-    if not config["tie_word_embeddings"]:
-        weights["lm_head.weight"] = model.head.weight
-    for i, block in enumerate(blocks_of(model)):
-        at = f"model.layers.{i}"
-        weights[f"{at}.input_layernorm.weight"] = block.norm_1.weight
-        weights[f"{at}.post_attention_layernorm.weight"] = block.norm_2.weight
-        for name, part in zip("qkv", block.attention.qkv.weight.chunk(3), strict=True):
-            weights[f"{at}.self_attn.{name}_proj.weight"] = part
-        weights[f"{at}.self_attn.o_proj.weight"] = block.attention.out.weight
-    return config, weights
+        "tie_word_embeddings": is_tied, "pad_token_id": None, **NO_SPECIAL_TOKENS,
+    }  # fmt: skip
+    weights = dict(split_fused(model.state_dict()))
+    if is_tied:
+        del weights["head.weight"]
+    if not isinstance(feed_forward, MoE):
+        kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        own = {"intermediate_size": feed_forward.down.in_features, "attention_bias": False, "mlp_bias": False}
+        return config | kind | own, rename(weights, LLAMA_NAMES)
+
+    hidden, n_experts = feed_forward.down.size(2), feed_forward.n_experts
+    config |= {"intermediate_size": hidden, "num_experts_per_tok": feed_forward.top_k}
+    if feed_forward.gate == "softmax_selected":
+        kind = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+        return config | kind | {"num_local_experts": n_experts, "sliding_window": None}, rename(weights, MIXTRAL_NAMES)
+
+    kind = {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}
+    own = {
+        "num_experts": n_experts, "moe_intermediate_size": hidden, "shared_expert_intermediate_size": 1,
+        "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False,
+    }  # fmt: skip
+    ones = {"gate": (1, n_embd), "up": (1, n_embd), "down": (n_embd, 1)}
+    shapes: dict[str, tuple[int, ...]] = {f"self_attn.{name}_proj.bias": (n_embd,) for name in "qkv"}
+    shapes |= {f"mlp.shared_expert.{name}_proj.weight": shape for name, shape in ones.items()}
+    shapes["mlp.shared_expert_gate.weight"] = (1, n_embd)
+    layers = range(len(model.blocks))  # the layout requires these parameters; with zeros they add nothing
+    zeros = {f"model.layers.{i}.{name}": torch.zeros(shape) for i in layers for name, shape in shapes.items()}
+    return config | kind | own, rename(weights, QWEN2_MOE_NAMES) | zeros
 
 
-def llama(model: ModernGPT) -> Layout:
-    config, weights = llama_like(model, "Llama", "llama")
-    for i, block in enumerate(blocks_of(model)):
-        gate, up = block.feed_forward.gate_up.weight.chunk(2)
-        for name, weight in {"gate": gate, "up": up, "down": block.feed_forward.down.weight}.items():
-            weights[f"model.layers.{i}.mlp.{name}_proj.weight"] = weight
-    width = blocks_of(model)[0].feed_forward.down.in_features
-    return config | {"intermediate_size": width, "attention_bias": False, "mlp_bias": False}, weights
-
-
-def experts(moe: MoE) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Number, gate, up and down of each expert."""
-    for e, (gate_up, down) in enumerate(zip(moe.gate_up, moe.down, strict=True)):
-        yield e, *gate_up.chunk(2), down
-
-
-def mixtral(model: ModernGPT, first: MoE) -> Layout:
-    """The chosen experts' weights are renormalised; with one of them that is the constant 1."""
-    config, weights = llama_like(model, "Mixtral", "mixtral")
-    for i, block in enumerate(blocks_of(model)):
-        at = f"model.layers.{i}.block_sparse_moe"
-        weights[f"{at}.gate.weight"] = block.feed_forward.router.weight
-        for e, gate, up, down in experts(block.feed_forward):
-            weights |= {f"{at}.experts.{e}.w{n}.weight": w for n, w in zip((1, 3, 2), (gate, up, down), strict=True)}
-    return config | {
-        "intermediate_size": first.down.size(2),
-        "num_local_experts": first.n_experts,
-        "num_experts_per_tok": first.top_k,
-        "sliding_window": None,
-    }, weights
-
-
-def qwen2_moe(model: ModernGPT, first: MoE) -> Layout:
-    """Softmax over all experts, not renormalised; the layout's biases and shared expert are there, and zero."""
-    config, weights = llama_like(model, "Qwen2Moe", "qwen2_moe")
-    n_embd = model.head.in_features
-    for i, block in enumerate(blocks_of(model)):
-        at = f"model.layers.{i}"
-        for name in "qkv":
-            weights[f"{at}.self_attn.{name}_proj.bias"] = torch.zeros(n_embd)
-        weights[f"{at}.mlp.gate.weight"] = block.feed_forward.router.weight
-        for e, gate, up, down in experts(block.feed_forward):
-            for name, weight in {"gate": gate, "up": up, "down": down}.items():
-                weights[f"{at}.mlp.experts.{e}.{name}_proj.weight"] = weight
-        for name, shape in {"gate": (1, n_embd), "up": (1, n_embd), "down": (n_embd, 1)}.items():
-            weights[f"{at}.mlp.shared_expert.{name}_proj.weight"] = torch.zeros(shape)
-        weights[f"{at}.mlp.shared_expert_gate.weight"] = torch.zeros(1, n_embd)
-    return config | {
-        "intermediate_size": first.down.size(2),
-        "moe_intermediate_size": first.down.size(2),
-        "shared_expert_intermediate_size": 1,
-        "num_experts": first.n_experts,
-        "num_experts_per_tok": first.top_k,
-        "norm_topk_prob": False,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "use_sliding_window": False,
-    }, weights
+def split_fused(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Named weights with fused matrices split, and with stacked experts (E, o, i) one by one."""
+    for name, weight in weights.items():
+        prefix, _, last = name.removesuffix(".weight").rpartition(".")
+        parts = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}.get(last, (last,))
+        for e, matrix in enumerate(weight if weight.dim() == 3 else [weight]):
+            path = f"{prefix}.experts.{e}" if weight.dim() == 3 else prefix
+            for part, chunk in zip(parts, matrix.chunk(len(parts)), strict=True):
+                yield f"{path}.{part}.weight".removeprefix("."), chunk
 
 
 def library_tokenizer(tokenizer: Tokenizer) -> LibraryTokenizer:
-    """The tokenizer for tokenizer.json; characters are byte pairs that nothing merges."""
+    """The tokenizer for tokenizer.json; a character tokenizer is a BPE without merges."""
     if isinstance(tokenizer, BPETokenizer):
         library = LibraryTokenizer.from_str(tokenizer.library.to_str())
     else:
@@ -211,67 +149,67 @@ pipeline_tag: text-generation
 ---
 # {name}
 
-A {params:,}-parameter {family} model, trained from scratch on one text file with minigpt_pl for {step} steps.
+A {family} model with {params:,} parameters, trained from scratch on one text file with minigpt_pl for {step} steps.
 
-- tokens: {kind}, {vocab} in the vocabulary; context: {block} tokens
+- tokenizer: {kind}, {vocab} tokens in the vocabulary; context: {block} tokens
 - text: sha256 `{text}`
-- validation loss on its own text: {loss}
+- validation loss on the validation split of this text: {loss}
 """
 
 
-def export(checkpoint: Path, out: Path) -> list[Path]:
+def export(checkpoint_path: Path, out: Path) -> list[Path]:
     """Writes the folder; returns its files.
 
     Raises:
-        InputError: If the checkpoint cannot be read or expressed, or the folder holds something already.
+        UserError: If the checkpoint cannot be read or exported, or the folder is not empty or cannot be written.
     """
     try:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
-        raise UserError("export needs safetensors: pip install safetensors") from None
-    saved = read_checkpoint(checkpoint)
-    model = from_checkpoint(saved).net
-    tokenizer = tokenizers.load_tokenizer(saved["TextDataModule"]["tokenizer"])
+        raise UserError("export needs the package safetensors", remedy="pip install safetensors") from None
+    checkpoint = read_checkpoint(checkpoint_path)
+    model = from_checkpoint(checkpoint).net
+    tokenizer = load_tokenizer(checkpoint["TextDataModule"]["tokenizer"])
     config, weights = layout_of(model)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} is there already: name an empty or a new folder")
+        raise UserError("it exists already", option="--out", value=out, remedy="name an empty or a new folder")
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    jsons: dict[str, dict[str, Any]] = {
+        "config.json": config | {"dtype": "float32", "use_cache": True},
+        "generation_config.json": {"do_sample": False, **NO_SPECIAL_TOKENS},
+        "tokenizer_config.json": tokenizer_config | {"model_max_length": model.block_size},
+    }
+    best = checkpoint["callbacks"].get("RunSummary", {}).get("best", {})
+    # of another step's weights the loss is not known
+    loss = best.get("best_val") if best.get("best_step") == checkpoint["global_step"] else None
+    card = CARD.format(
+        name=checkpoint_path.resolve().parent.name, params=model.params_total(), family=config["architectures"][0],
+        step=checkpoint["global_step"], kind=tokenizer.kind, vocab=len(tokenizer.vocabulary), block=model.block_size,
+        text=checkpoint["TextDataModule"]["text_sha256"],
+        loss="not known" if loss is None else f"{loss:.4f} nats/token",
+    )  # fmt: skip
     try:
         out.mkdir(parents=True, exist_ok=True)
-        whole = {name: weight.detach().clone().contiguous() for name, weight in weights.items()}
-        save_file(whole, out / "model.safetensors", metadata={"format": "pt"})
-        texts = {
-            "config.json": config | {"dtype": "float32", "use_cache": True},
-            "generation_config.json": {"do_sample": False, "bos_token_id": None, "eos_token_id": None},
-            "tokenizer_config.json": {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "clean_up_tokenization_spaces": False,
-                "model_max_length": model.block_size,
-            },
-        }
-        for name, content in texts.items():
+        tensors = {name: weight.clone().contiguous() for name, weight in weights.items()}
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        for name, content in jsons.items():
             (out / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         library_tokenizer(tokenizer).save(str(out / "tokenizer.json"))
-        best = saved["callbacks"].get("RunSummary", {}).get("best", {})
-        loss = best.get("best_val") if best.get("best_step") == saved["global_step"] else None  # else of other weights
-        card = CARD.format(
-            name=checkpoint.resolve().parent.name, params=model.params_total(), family=config["architectures"][0],
-            step=saved["global_step"], kind=tokenizer.kind, vocab=len(tokenizer.vocabulary), block=model.block_size,
-            text=saved["TextDataModule"]["text_sha256"], loss="not known" if loss is None else f"{loss:.4f} nats/token",
-        )  # fmt: skip
         (out / "README.md").write_text(card, "utf-8")
     except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"--out {out} cannot be written ({why}): choose another") from None
+        problem = f"it cannot be written ({getattr(error, 'strerror', None) or error})"
+        raise UserError(problem, option="--out", value=out, remedy="name another folder") from None
     return sorted(out.iterdir())
 
 
-def run(command: str, options: list[str]) -> int:
+def run(command: str, args: list[str]) -> int:
     """Exports a checkpoint and lists the files."""
-    parser = ArgumentParser(prog=f"minigpt {command}", exit_on_error=False, description="A Hugging Face model folder.")
-    parser.add_argument("--ckpt_path", type=str, required=True, help="The checkpoint's file.")
+    about = "Writes a checkpoint as a Hugging Face model folder."
+    parser = ArgumentParser(prog=f"minigpt {command}", exit_on_error=False, description=about)
+    parser.add_argument("--ckpt_path", type=str, required=True, help="The checkpoint file.")
     parser.add_argument("--out", type=str, required=True, help="The folder to write, new or empty.")
-    said = parser.parse_args(options)
-    for path in export(Path(said.ckpt_path), Path(said.out)):
+    options = parser.parse_args(args)
+    for path in export(Path(options.ckpt_path), Path(options.out)):
         print(path)
     return 0

@@ -1,4 +1,4 @@
-"""What Lightning and everything of ours cost over a bare loop."""
+"""The overhead of Lightning and of this package over a bare training loop."""
 
 import statistics
 import time
@@ -12,7 +12,8 @@ from benchmarks.measuring import Report
 from torch import nn
 
 from minigpt_pl.__main__ import main
-from minigpt_pl.data.datamodule import ResumableSampler, TextDataModule, TrainDataset
+from minigpt_pl.data.datamodule import TextDataModule
+from minigpt_pl.data.datasets import ResumableSampler, TrainDataset
 from minigpt_pl.models.gpt import token_cross_entropy
 from minigpt_pl.training.fit import FitRunner
 from minigpt_pl.training.lit_modules import ModernLM
@@ -22,51 +23,56 @@ pytestmark = pytest.mark.bench
 WARMUP = 5
 
 
-def default_parts(**sizes: int) -> tuple[ModernLM, TextDataModule]:
+def default_modules(**sizes: int) -> tuple[ModernLM, TextDataModule]:
     torch.manual_seed(1337)
-    data = TextDataModule("data/input.txt", sizes.get("block_size", 256), sizes.pop("batch_size", 8), 10**9, 1337)
-    return ModernLM(data.vocab_size, 6e-3, 0.2, 0.1, **sizes), data
+    data = TextDataModule(
+        path="data/input.txt", block_size=sizes.get("block_size", 256), batch_size=sizes.pop("batch_size", 8),
+        eval_every=10**9, seed=1337,
+    )  # fmt: skip
+    return ModernLM(vocab_size=data.vocab_size, lr=6e-3, dropout=0.2, weight_decay=0.1, **sizes), data
+
+
+def train_loader(data: TextDataModule, steps: int) -> torch.utils.data.DataLoader[Any]:
+    batches = TrainDataset(data.tokens("train"), data.config.block_size, data.config.batch_size, seed=1337)
+    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=ResumableSampler(0, steps))
 
 
 def bare_loop(steps: int, **sizes: int) -> float:
-    """Seconds a step: the same batches, model, clipping, schedule and optimizer, and nothing else."""
-    model, data = default_parts(**sizes)
+    """Seconds per step of the same batches, model, clipping, schedule and optimizer, and nothing else."""
+    model, data = default_modules(**sizes)
     optimizer = model.configure_optimizers()
-    batches = TrainDataset(data.tokens("train"), data.block_size, data.batch_size, 1, 1337, 0, 1)
-    for i, (x, y) in enumerate(
-        torch.utils.data.DataLoader(batches, batch_size=None, sampler=ResumableSampler(0, steps))
-    ):
+    for i, (x, y) in enumerate(train_loader(data, steps)):
         if i == WARMUP:
-            began = time.perf_counter()
+            start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = 6e-3 * lr_factor("cosine", i, steps)
         token_cross_entropy(model.net(x)[0], y).mean().backward()
         nn.utils.clip_grad_norm_(model.net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return (time.perf_counter() - began) / (steps - WARMUP)
+    return (time.perf_counter() - start) / (steps - WARMUP)
 
 
-class Watch(pl.Callback):
-    """Seconds a step, by the clock on the wall: logging, bar and saves included, the check at the end not."""
+class StepTimer(pl.Callback):
+    """Wall-clock seconds per step: with logging, progress bar and saves, without the evaluation at the end."""
 
     def __init__(self) -> None:
-        self.began = self.ended = 0.0
+        self.start = self.end = 0.0
         self.steps = 0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.ended = time.perf_counter()
+        self.end = time.perf_counter()
         if batch_idx == WARMUP:
-            self.began = self.ended
+            self.start = self.end
         self.steps = batch_idx - WARMUP
 
     @property
     def seconds(self) -> float:
-        return (self.ended - self.began) / self.steps
+        return (self.end - self.start) / self.steps
 
 
-class Plain(pl.LightningModule):
-    """The model under a Trainer with logger, bar and callbacks off."""
+class PlainModule(pl.LightningModule):
+    """The model under a Trainer without logger, progress bar and callbacks."""
 
     def __init__(self, model: ModernLM):
         super().__init__()
@@ -80,43 +86,41 @@ class Plain(pl.LightningModule):
 
 
 def plain_trainer(steps: int, **sizes: int) -> float:
-    model, data = default_parts(**sizes)
-    batches = TrainDataset(data.tokens("train"), data.block_size, data.batch_size, 1, 1337, 0, 1)
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=ResumableSampler(0, steps))
-    watch = Watch()
+    model, data = default_modules(**sizes)
+    timer = StepTimer()
     trainer = pl.Trainer(
         max_steps=steps, logger=False, enable_progress_bar=False, enable_checkpointing=False,
-        enable_model_summary=False, callbacks=[watch], gradient_clip_val=1.0, accelerator="cpu",
+        enable_model_summary=False, callbacks=[timer], gradient_clip_val=1.0, accelerator="cpu",
     )  # fmt: skip
-    trainer.fit(Plain(model), loader)
-    return watch.seconds
+    trainer.fit(PlainModule(model), train_loader(data, steps))
+    return timer.seconds
 
 
-def everything(steps: int, run_dir: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> float:
-    """Seconds a step of `fit` with bar, W&B, metrics.csv and checkpoints."""
-    watch, ours = Watch(), FitRunner.callbacks
-    words = ["fit", "--run_dir", str(run_dir), "--trainer.max_steps", str(steps), "--data.eval_every", str(10**6)]
+def full_fit(steps: int, run_dir: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> float:
+    """Seconds per step of `fit` with progress bar, W&B, metrics.csv and checkpoints."""
+    timer, callbacks = StepTimer(), FitRunner.callbacks
+    args = ["fit", "--run_dir", str(run_dir), "--trainer.max_steps", str(steps), "--data.eval_every", str(10**6)]
     with monkeypatch.context() as patch:
-        patch.setattr(FitRunner, "callbacks", lambda training: [*ours(training), watch])
-        assert main([*words, "--samples", "null", "--trainer.accelerator", "cpu", *options]) == 0
-    return watch.seconds
+        patch.setattr(FitRunner, "callbacks", lambda self: [*callbacks(self), timer])
+        assert main([*args, "--samples", "null", "--trainer.accelerator", "cpu", *options]) == 0
+    return timer.seconds
 
 
 def test_default_configuration(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds: dict[str, list[float]] = {"fit, everything on": [], "bare loop": []}
     for turn in range(8):
         seconds["bare loop"].append(bare_loop(80))
-        seconds["fit, everything on"].append(everything(80, tmp_path / str(turn), monkeypatch))
+        seconds["fit, everything on"].append(full_fit(80, tmp_path / str(turn), monkeypatch))
     report.add("a step of the default configuration", "s", seconds)
 
 
 def test_tiny_model(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 16, "batch_size": 4}
-    words = [f"--{'data' if name == 'batch_size' else 'model'}.{name}={value}" for name, value in tiny.items()]
+    args = [f"--{'data' if name == 'batch_size' else 'model'}.{name}={value}" for name, value in tiny.items()]
     seconds: dict[str, list[float]] = {"fit, everything on": [], "Trainer, all off": []}
     for turn in range(8):
         seconds["Trainer, all off"].append(1e6 * plain_trainer(600, **tiny))
-        seconds["fit, everything on"].append(1e6 * everything(600, tmp_path / str(turn), monkeypatch, *words))
+        seconds["fit, everything on"].append(1e6 * full_fit(600, tmp_path / str(turn), monkeypatch, *args))
     added = sorted(round(ours - plain) for ours, plain in zip(*seconds.values(), strict=True))
     note = f"added: {statistics.median(added):.0f} us [{added[0]} ... {added[-1]}]"
     report.add("a step of a tiny model", "us", seconds, note)

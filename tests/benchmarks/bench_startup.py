@@ -1,4 +1,4 @@
-"""From a cold start: the first character of predict against `import lightning.pytorch`; the text's way to tokens."""
+"""Cold starts: predict until its first character, against `import lightning.pytorch`; and a fit on a text of 1 GB."""
 
 import shutil
 import subprocess
@@ -14,12 +14,12 @@ from minigpt_pl.__main__ import main
 pytestmark = pytest.mark.bench
 
 
-def seconds_to_first_output(words: list[str]) -> float:
-    began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+def seconds_to_first_output(args: list[str]) -> float:
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *args], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None
     assert process.stdout.read(1)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     process.stdout.close()
     process.kill()
     process.wait()
@@ -45,7 +45,7 @@ PEAK += "print('peak', max(used)); sys.exit(status)"
 
 
 def big_text(path: Path, size: int) -> None:
-    """The shipped text again and again, each time under a number, so that no line of numbers comes twice."""
+    """Repeats the shipped text, each time below another number."""
     text = Path("data/input.txt").read_bytes()
     with path.open("wb") as file:
         for number in range(-(-size // len(text))):
@@ -53,14 +53,14 @@ def big_text(path: Path, size: int) -> None:
         file.truncate(size)
 
 
-def fit_of(path: Path, run_dir: Path) -> tuple[float, float, str]:
-    """Seconds and MB of memory of the largest process of a fit that trains three steps; and what it says."""
-    words = ["fit", "--data.path", str(path), "--run_dir", str(run_dir), "--trainer.max_steps", "3"]
-    words += ["--data.max_eval_tokens", "10000", "--wandb", "null", "--samples", "null"]
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", PEAK, *words], capture_output=True, text=True, check=True)
-    seconds = time.perf_counter() - began
-    return seconds, int(done.stdout.split("peak")[1]) / 1000, done.stderr
+def measure_fit(path: Path, run_dir: Path) -> tuple[float, float, str]:
+    """Seconds of a fit of three steps, MB of memory of its largest process, and its stderr."""
+    args = ["fit", "--data.path", str(path), "--run_dir", str(run_dir), "--trainer.max_steps", "3"]
+    args += ["--data.max_eval_tokens", "10000", "--wandb", "null", "--samples", "null"]
+    start = time.perf_counter()
+    process = subprocess.run([sys.executable, "-c", PEAK, *args], capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - start
+    return seconds, int(process.stdout.split("peak")[1]) / 1000, process.stderr
 
 
 def test_big_text(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,13 +68,13 @@ def test_big_text(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     big = tmp_path / "big.txt"
     big_text(big, GIGABYTE)
     try:
-        small = fit_of(Path("data/input.txt"), tmp_path / "small")
-        first = fit_of(big, tmp_path / "first")
-        assert "tokenizing" in first[2], "there was no bar"
+        small = measure_fit(Path("data/input.txt"), tmp_path / "small")
+        first = measure_fit(big, tmp_path / "first")
+        assert "tokenizing" in first[2], "no progress bar was shown"
         seconds: dict[str, list[float]] = {"1 GB, second start": [], "shipped text, second start": []}
         for turn in range(3):
-            seconds["shipped text, second start"].append(fit_of(Path("data/input.txt"), tmp_path / f"s{turn}")[0])
-            seconds["1 GB, second start"].append(fit_of(big, tmp_path / f"b{turn}")[0])
+            seconds["shipped text, second start"].append(measure_fit(Path("data/input.txt"), tmp_path / f"s{turn}")[0])
+            seconds["1 GB, second start"].append(measure_fit(big, tmp_path / f"b{turn}")[0])
     finally:
         big.unlink()
         shutil.rmtree(tmp_path / "cache")

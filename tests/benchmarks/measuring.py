@@ -1,4 +1,7 @@
-"""How speed is measured: rivals take turns, medians are quoted with their spread, and the machine is named."""
+"""How speed is measured: competitors run in turn, and each result is a median with its range.
+
+The measurements themselves are in `bench_*.py`.
+"""
 
 import os
 import platform
@@ -14,46 +17,49 @@ import torch
 
 @dataclass
 class Row:
-    """One figure: values of each rival, round by round, in `unit`; the first rival is ours."""
+    """One measurement: the values of each competitor in each round, in `unit`; the first competitor is ours."""
 
-    what: str
+    title: str
     unit: str
     values: dict[str, list[float]]
     note: str = ""
 
     def lines(self) -> Iterator[str]:
+        yield self.title
         ours = next(iter(self.values))
         for name, values in self.values.items():
-            middle = statistics.median(values)
-            line = f"  {name:34}{middle:12.4g} {self.unit:9}[{min(values):.4g} ... {max(values):.4g}]"
+            median = statistics.median(values)
+            line = f"  {name:34}{median:12.4g} {self.unit:9}[{min(values):.4g} ... {max(values):.4g}]"
             if name != ours:
-                ratios = [theirs / mine for mine, theirs in zip(self.values[ours], values, strict=True)]
+                ratios = [value / our_value for our_value, value in zip(self.values[ours], values, strict=True)]
                 line += f"   x {statistics.median(ratios):.3f} of {ours} [{min(ratios):.3f} ... {max(ratios):.3f}]"
             yield line
+        if self.note:
+            yield f"  {self.note}"
 
 
 @dataclass
 class Report:
-    """Collects the figures of a session."""
+    """The measurements of a session."""
 
     rows: list[Row] = field(default_factory=list)
 
-    def add(self, what: str, unit: str, values: dict[str, list[float]], note: str = "") -> None:
-        self.rows.append(Row(what, unit, values, note))
-        print("\n" + "\n".join([what, *self.rows[-1].lines()] + ([f"  {note}"] if note else [])))
+    def add(self, title: str, unit: str, values: dict[str, list[float]], note: str = "") -> None:
+        self.rows.append(Row(title, unit, values, note))
+        print("\n" + "\n".join(self.rows[-1].lines()))
 
 
-def interleaved(rivals: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each rival in each round; in a round all take their turn, so that a slow minute strikes all."""
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+def interleaved(competitors: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each competitor in each round; each round runs all of them, so that a slow minute affects all."""
+    seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for turn in range(warmup + rounds):
-        for name, run in rivals.items():
-            began = time.perf_counter()
+        for name, run in competitors.items():
+            start = time.perf_counter()
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.perf_counter() - start)
     return seconds
 
 

@@ -1,7 +1,7 @@
-"""Speed: each figure with its rival in the same run, interleaved; a table at the end, and JSON on request.
+"""The pytest plugin of the benchmarks: fixtures, options, the table at the end, and JSON on request.
 
-`pytest -m bench` on a quiet machine; `--nanogpt DIR` names a checkout of nanoGPT to measure against, `--json FILE`
-keeps the figures. Nothing here asserts a time: ratios are for people to read.
+Run `pytest -m bench` on a quiet machine. `--nanogpt DIR` names a checkout of nanoGPT to measure against, and `--json
+FILE` saves the results. No benchmark asserts a time.
 """
 
 import importlib
@@ -21,12 +21,12 @@ _report = Report()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--nanogpt", type=Path, help="a checkout of nanoGPT to measure against")
-    parser.addoption("--json", type=Path, help="where to keep the figures")
+    parser.addoption("--json", type=Path, help="the file to save the results in")
 
 
 @pytest.fixture(scope="session")
 def report(one_thread: None) -> Report:
-    """Where figures are added; speed is measured with every core that this process may use, unlike the tests."""
+    """Collects the results; unlike the tests, benchmarks use every core that this process may use."""
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     return _report
 
@@ -54,11 +54,10 @@ def hugging_face() -> Any:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if not _report.rows:
         return
-    terminalreporter.section("figures: median [lowest ... highest]")
+    terminalreporter.section("results: median [lowest ... highest]")
     terminalreporter.write_line(", ".join(f"{name} {value}" for name, value in machine().items()))
     for row in _report.rows:
-        terminalreporter.write_line(row.what)
-        for line in [*row.lines(), *([f"  {row.note}"] if row.note else [])]:
+        for line in row.lines():
             terminalreporter.write_line(line)
     if path := config.getoption("--json"):
         path.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in _report.rows]}, indent=1))

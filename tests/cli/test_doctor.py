@@ -1,4 +1,4 @@
-"""The doctor: all well on this machine; a leak and a harmful version are told."""
+"""The command doctor: its checks pass on this machine, and find a leak and a harmful version."""
 
 import re
 
@@ -8,11 +8,12 @@ from torch.nn import functional as F
 
 from minigpt_pl.cli.doctor import harmful_versions, is_causal
 from minigpt_pl.models import attention
+from minigpt_pl.models.config import GPTConfig
 from minigpt_pl.models.gpt import ClassicGPT
 
 
 class Leaky(ClassicGPT):
-    """Its logits see the mean of the whole window."""
+    """A model whose logits see the mean of the whole window."""
 
     def forward(self, ids, cache=None):
         logits, aux = super().forward(ids, cache)
@@ -21,53 +22,54 @@ class Leaky(ClassicGPT):
 
 @pytest.mark.parametrize(("kind", "causal"), [(ClassicGPT, True), (Leaky, False)])
 def test_a_leak_is_found(kind, causal):
-    model = kind(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=8, dropout=0.0, seed=1).eval()
+    config = GPTConfig(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=8, dropout=0.0)
+    model = kind(config, seed=1).eval()
     ids = torch.arange(16).view(2, 8) % 7
     assert is_causal(model, ids, torch.no_grad) is causal
 
 
 @pytest.mark.parametrize(
-    ("words", "examined"),
+    ("args", "checked_in"),
     [
         (("--trainer.precision", "32"), "32-true"),
         (("--trainer.precision", "bf16-mixed"), "bf16-mixed"),
-        (("--trainer.precision", "bf16-mixed", "-c", "moe"), "32-true"),  # bf16 would hide it behind rounding
+        (("--trainer.precision", "bf16-mixed", "-c", "moe"), "32-true"),  # in bf16, rounding would hide it
     ],
 )
-def test_a_leak_is_found_in_a_model_whose_outputs_begin_at_0(minigpt, monkeypatch, tmp_path, words, examined):
-    """The default model's logits are all 0 then, whatever its attention sees."""
+def test_a_leak_is_found_in_a_model_with_zero_initialisation(minigpt, monkeypatch, tmp_path, args, checked_in):
+    """The logits of the default model are all 0 at first, whatever its attention sees."""
     monkeypatch.chdir(tmp_path)
-    whole = minigpt("doctor", "-c", "smoke", *words)
-    assert f"ok  causality: a later token does not change earlier logits in {examined}" in whole.out
+    outcome = minigpt("doctor", "-c", "smoke", *args)
+    assert f"ok  causality: a later token does not change earlier logits in {checked_in}" in outcome.out
     monkeypatch.setattr(attention, "attend", lambda q, k, v, dropout: F.scaled_dot_product_attention(q, k, v))
-    outcome = minigpt("doctor", "-c", "smoke", *words)
+    outcome = minigpt("doctor", "-c", "smoke", *args)
     assert outcome.status == 2
-    assert f"BAD causality: a later token CHANGES earlier logits in {examined}" in outcome.out
+    assert f"BAD causality: a later token changes earlier logits in {checked_in}" in outcome.out
 
 
 def test_harmful_versions():
-    fine = {"torch": "2.13.0+cpu", "lightning": "2.6.6"}
-    assert list(harmful_versions(fine, "mps", "bf16-mixed")) == []
-    (leak,) = harmful_versions(fine | {"torch": "2.12.1"}, "mps", "bf16-mixed")
-    assert "leaks the future" in leak
-    assert list(harmful_versions(fine | {"torch": "2.12.1"}, "mps", "32-true")) == []
-    (malware,) = harmful_versions(fine | {"lightning": "2.6.3"}, "cpu", "32-true")
+    good = {"torch": "2.13.0+cpu", "lightning": "2.6.6"}
+    assert list(harmful_versions(good, "mps", "bf16-mixed")) == []
+    (leak,) = harmful_versions(good | {"torch": "2.12.1"}, "mps", "bf16-mixed")
+    assert "leaks future tokens" in leak
+    assert list(harmful_versions(good | {"torch": "2.12.1"}, "mps", "32-true")) == []
+    (malware,) = harmful_versions(good | {"lightning": "2.6.3"}, "cpu", "32-true")
     assert "malware" in malware
 
 
-def test_what_is_bad_costs_the_exit_status(minigpt, monkeypatch, tmp_path):
+def test_a_failed_check_sets_the_exit_status(minigpt, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minigpt_pl.training.summary.version", lambda name: "2.6.3")
     outcome = minigpt("doctor", "-c", "smoke")
     assert outcome.status == 2
     assert "  BAD versions: lightning 2.6.3" in outcome.out
-    assert outcome.out.splitlines()[-1] == "not all is well: see the lines that begin with BAD"
+    assert outcome.out.splitlines()[-1] == "some checks failed: see the lines that begin with BAD"
 
 
-def test_help_says_what_it_is_for(minigpt):
+def test_help_describes_the_command(minigpt):
     lines = minigpt("doctor", "--help").out.splitlines()
     assert lines[0] == "usage: minigpt doctor [options]"
-    assert lines[1].startswith("Would fit run well here")
+    assert lines[1].startswith("Checks this machine")
 
 
 def test_the_command(minigpt, monkeypatch, tmp_path):
@@ -79,12 +81,11 @@ def test_the_command(minigpt, monkeypatch, tmp_path):
     assert "  ok  repeatability: the same step twice is bit-equal" in lines
     assert any("tokens/s" in line for line in lines)
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        assert lines[-3] == "no MPS and no CUDA here: a run will use the CPU"
-    assert re.search(r"time: 20 steps will take about \d+ s,", outcome.out)
-    floors = {row[0]: float(row[1]) for row in map(str.split, minigpt("baselines").out.splitlines()[1:])}
-    reached = ", ".join(f"{name} {floors[name]:.2f}" for name in ("bigram", "5-gram", "xz"))
-    assert lines[-2] == (
-        f"loss: a fresh model's loss is near 4.11 nats/token; a trained one's should fall below {reached} nats/char"
-    )
-    assert lines[-1] == "all is well"
+        assert lines[-3] == "no CUDA and no MPS on this machine: a run will use the CPU"
+    assert re.search(r"time: 20 steps take about \d+ s,", outcome.out)
+    baselines = {row[0]: float(row[1]) for row in map(str.split, minigpt("baselines").out.splitlines()[1:])}
+    values = ", ".join(f"{name} {baselines[name]:.2f}" for name in ("bigram", "5-gram", "xz"))
+    expected = f"an untrained model has about 4.11 nats/token; a trained one should be below {values} nats/char"
+    assert lines[-2] == f"loss: {expected}"
+    assert lines[-1] == "all checks passed"
     assert list(tmp_path.iterdir()) == []

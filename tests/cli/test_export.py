@@ -1,4 +1,4 @@
-"""The exported folder, loaded by transformers alone: the same logits, token ids and greedy text, in one table."""
+"""The exported folder, loaded by transformers alone: equal logits, token ids and greedy text, for each layout."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,11 @@ from conftest import PROJECT, TINY
 from support.tiny_models import build
 
 from minigpt_pl import generate, load_checkpoint
-from minigpt_pl.cli.export import export
+from minigpt_pl.cli.export import export, layout_of
+from minigpt_pl.models.ablations import AblationGPT
+from minigpt_pl.runtime.errors import UserError
 
-transformers = pytest.importorskip("transformers", reason="the dev extra has it")
+transformers = pytest.importorskip("transformers", reason="it is in the dev extra")
 
 PLAIN = ("--model.conv_kernel_size", "0")
 SPARSE = (*PLAIN, "--model.n_experts", "4")
@@ -30,34 +32,36 @@ TABLE: list[str] = []
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_computes_the_same(kind, minigpt, tmp_path):
-    """Trained, so that attention and routing are not near uniform."""
+    """The model is trained, so that attention and routing are not near uniform."""
     run, out = tmp_path / "run", tmp_path / "hf"
     outcome = minigpt("fit", *TINY, *KINDS[kind], "--run_dir", run, "--model.lr", "0.02")
     assert outcome.status == 0, outcome.err
     outcome = minigpt("export", "--ckpt_path", run / "last.ckpt", "--out", out)
     assert outcome.status == 0, outcome.err
-    ours = load_checkpoint(run / "last.ckpt")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    loaded = load_checkpoint(run / "last.ckpt")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    assert type(theirs).__module__.startswith("transformers.")
+    assert type(exported).__module__.startswith("transformers.")
 
     text = (PROJECT / "data" / "input.txt").read_text("utf-8")[:400]
-    ids = ours.tokenizer.encode(text).tolist()
+    ids = loaded.tokenizer.encode(text).tolist()
     assert tokenizer(text)["input_ids"] == ids
     assert tokenizer.decode(ids) == text
 
     windows = torch.tensor(ids[: 4 * 32]).view(4, 32)
     with torch.no_grad():
-        difference = (theirs(windows).logits - ours.model(windows)[0]).abs().max().item()
+        difference = (exported(windows).logits - loaded.model(windows)[0]).abs().max().item()
     assert difference < 1e-4
 
     prompt = text[:8]
-    count = ours.model.block_size - len(ours.tokenizer.encode(prompt))
-    (greedy,) = generate(ours, prompt, max_new_tokens=count, temperature=0)
-    writer = transformers.pipeline("text-generation", model=theirs, tokenizer=tokenizer)
-    written = writer(prompt, max_new_tokens=count, do_sample=False)[0]["generated_text"]
-    assert written == prompt + greedy
-    TABLE.append(f"{kind:28}{type(theirs).__name__:24}{difference:12.1e}   {len(ids)} ids equal   {count} tokens equal")
+    count = loaded.model.block_size - len(loaded.tokenizer.encode(prompt))
+    (greedy,) = generate(loaded, prompt, max_new_tokens=count, temperature=0)
+    pipeline = transformers.pipeline("text-generation", model=exported, tokenizer=tokenizer)
+    text_by_transformers = pipeline(prompt, max_new_tokens=count, do_sample=False)[0]["generated_text"]
+    assert text_by_transformers == prompt + greedy
+    TABLE.append(
+        f"{kind:28}{type(exported).__name__:24}{difference:12.1e}   {len(ids)} ids equal   {count} tokens equal"
+    )
 
 
 def test_the_table(capsys):
@@ -67,35 +71,29 @@ def test_the_table(capsys):
     assert len(TABLE) == len(KINDS)
 
 
-def test_what_no_layout_has_is_refused(minigpt, tmp_path):
-    class Rung(torch.nn.Module):
-        pass
-
-    from minigpt_pl.cli.export import layout_of
-    from minigpt_pl.runtime.errors import UserError
-
-    with pytest.raises(UserError, match="Rung has no layout"):
-        layout_of(Rung())  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="short convolutions: train with --model.conv_kernel_size 0"):
+def test_a_model_without_a_layout_is_refused():
+    with pytest.raises(UserError, match="transformers has no layout for AblationGPT"):
+        layout_of(AblationGPT.__new__(AblationGPT))
+    with pytest.raises(UserError, match="short convolutions; train with --model.conv_kernel_size 0"):
         layout_of(build("recipes"))
     layout_of(build("recipes", conv_kernel_size=0))
 
 
-def test_a_folder_with_something_in_it_is_left_alone(minigpt, tmp_path):
+def test_a_folder_with_files_is_not_overwritten(minigpt, tmp_path):
     run, out = tmp_path / "run", tmp_path / "hf"
     minigpt("fit", *TINY, *PLAIN, "--run_dir", run)
     out.mkdir()
     (out / "config.json").write_text("mine")
     outcome = minigpt("export", "--ckpt_path", run / "best.ckpt", "--out", out)
     assert outcome.status == 2
-    assert outcome.err == f"error: --out {out} is there already: name an empty or a new folder\n"
+    assert outcome.err == f"error: --out {out}: it exists already; name an empty or a new folder\n"
     assert [path.name for path in out.iterdir()] == ["config.json"]
     files = {path.name for path in export(Path(run / "best.ckpt"), tmp_path / "new")}
     best = json.loads((run / "summary.json").read_text())
-    assert f"on its own text: {best['best_val']:.4f} nats/token" in (tmp_path / "new" / "README.md").read_text()
+    assert f"split of this text: {best['best_val']:.4f} nats/token" in (tmp_path / "new" / "README.md").read_text()
     minigpt("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", 50, "--model.lr", 10)
     export(Path(run / "last.ckpt"), tmp_path / "last")
-    assert "on its own text: not known" in (tmp_path / "last" / "README.md").read_text()  # the best is not the last
+    assert "split of this text: not known" in (tmp_path / "last" / "README.md").read_text()  # best is not last
     assert files == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",

@@ -1,6 +1,6 @@
-"""The seed document's modern model in its fastest plain torch form: every expert for every token, F.dropout, no cache.
+"""The reference report's modern model, written as fast as plain torch allows: F.dropout, no cache of keys and values.
 
-Only to be measured against; the project's own models are in the package.
+Every expert computes every token. It is only measured against; the project's own models are in the package.
 """
 
 import torch
@@ -55,8 +55,8 @@ class AllExperts(nn.Module):
         return y, len(self.experts) * (chosen.mean((0, 1)) * probs.mean((0, 1))).sum()
 
 
-class SeedModel(nn.Module):
-    """Sizes as modern_moe_char_02; n_experts 0 is its dense twin."""
+class ReferenceModel(nn.Module):
+    """A model with the sizes of modern_moe_char_02; n_experts 0 gives its dense twin."""
 
     def __init__(
         self, vocab: int, block_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float, n_experts: int
@@ -85,7 +85,7 @@ class SeedModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, ids: Tensor, count: int) -> Tensor:
-        """The whole window is read again for every token."""
+        """Computes the whole window again for every token."""
         for _ in range(count):
             logits, _ = self(ids[:, -self.block_size :])
             ids = torch.cat([ids, torch.multinomial((logits[:, -1] / 0.8).softmax(-1), 1)], 1)
