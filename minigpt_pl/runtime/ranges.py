@@ -39,10 +39,14 @@ SampleCount = restricted_number_type(
 
 
 def range_errors(config: Any) -> Iterator[tuple[str, Any, str]]:
-    """Name, value and problem of each field of a dataclass that is outside the range of its type."""
+    """Name, value and problem of each field of a dataclass that is outside the range of its type.
+
+    The other fields become plain numbers: what the parser makes is of the type itself, and no checkpoint may hold that.
+    """
     for name, kind in get_type_hints(type(config)).items():
         if isinstance(kind, type) and issubclass(kind, (int, float)) and kind not in (int, float, bool):
+            plain = int if issubclass(kind, int) else float
             try:
-                kind(getattr(config, name))
+                object.__setattr__(config, name, plain(kind(getattr(config, name))))
             except ValueError:
                 yield name, getattr(config, name), f"expected {kind.__doc__}"
