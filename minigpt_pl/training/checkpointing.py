@@ -1,6 +1,6 @@
-"""What saves a run: best.ckpt, last.ckpt, and the settings in config.yaml and in every checkpoint.
+"""What saves a run: best.ckpt, last.ckpt, and the configuration in config.yaml and in every checkpoint.
 
-How a file is written, so that it is whole or not there, is in `checkpoint`.
+`checkpoint.io` writes the files atomically.
 """
 
 import os
@@ -10,11 +10,10 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 
 from minigpt_pl.checkpoint.io import BEST_CKPT, LAST_CKPT
 from minigpt_pl.runtime.atomic_io import CONFIG_FILE, atomic_write
-from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.training.callbacks import eval_due, get_callback, is_step_boundary
 
 
@@ -22,66 +21,63 @@ class SaveConfig(Callback):
     """Writes the whole resolved configuration to config.yaml and into every checkpoint.
 
     Args:
-        settings: The configuration.
-        extra: What else a checkpoint needs to go on, by name.
+        config: The configuration.
+        wandb_id: The id of the W&B run, which stays the same after a resume.
     """
 
-    def __init__(self, settings: dict[str, Any], extra: dict[str, Any]):
-        self.settings, self.extra = settings, extra
+    def __init__(self, config: dict[str, Any], wandb_id: str):
+        self.config, self.wandb_id = config, wandb_id
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            text = yaml.safe_dump(self.settings, sort_keys=False)
+            text = yaml.safe_dump(self.config, sort_keys=False)
             atomic_write(Path(trainer.default_root_dir, CONFIG_FILE), text.encode())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         vocab_size = pl_module.net.token_embedding.num_embeddings
-        checkpoint.update(self.extra, settings=self.settings, vocab_size=vocab_size)
+        checkpoint |= {"config": self.config, "wandb_id": self.wandb_id, "vocab_size": vocab_size}
 
 
-class BestCheckpoint(ModelCheckpoint):
-    """Keeps best.ckpt, the checkpoint with the lowest val/loss, the first on ties."""
+class BestCheckpoint(Checkpoint):
+    """Keeps best.ckpt, the checkpoint with the lowest val/loss, the first one on ties.
+
+    Lightning's ModelCheckpoint stores paths: when the run directory has moved, it forgets its best score.
+
+    Attributes:
+        best: Step and metrics of the best evaluation, by their names in summary.json; None before the first.
+    """
+
+    NO_EVAL = dict.fromkeys(("best_val", "best_step", "best_nats_per_char", "best_bits_per_byte"))
 
     def __init__(self, run_dir: str):
-        name = BEST_CKPT.removesuffix(".ckpt")
-        super().__init__(run_dir, name, "val/loss", save_on_train_epoch_end=False, enable_version_counter=False)
-        self.path = self.format_checkpoint_name({})  # in Lightning's spelling: it removes what looks like another file
-        self.saved_step: int | None = None
-
-    @property
-    def state_key(self) -> str:
-        return type(self).__name__
-
-    on_train_batch_end = Callback.on_train_batch_end  # a check has to come first
-
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        self.saved_step = trainer.global_step
-        super()._save_checkpoint(trainer, filepath)
+        self.path = os.path.join(run_dir, BEST_CKPT)
+        self.best: dict[str, Any] = self.NO_EVAL
 
     def state_dict(self) -> dict[str, Any]:
-        return {"score": self.best_model_score}  # Lightning's holds paths, and loses the score when they change
+        return self.best
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if (score := state_dict["score"]) is not None:
-            self.best_k_models = {self.path: score}
-            self.best_model_path = self.kth_best_model_path = self.path
-            self.best_model_score = self.kth_value = score
+        self.best = state_dict
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        metrics = pl_module.eval_metrics
+        if self.best["best_val"] is None or metrics["val/loss"] < self.best["best_val"]:
+            names = ("val/loss", "val/nats_per_char", "val/bits_per_byte")
+            loss, per_char, per_byte = (metrics[name] for name in names)
+            self.best = dict(zip(self.NO_EVAL, (loss, trainer.global_step, per_char, per_byte), strict=True))
+            trainer.save_checkpoint(self.path)
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps last.ckpt, from which a run goes on.
+    """Keeps last.ckpt, from which a run resumes.
 
-    It is written when training starts, every so many steps and minutes, with each best.ckpt, and at the end. Where a
-    check is due it is written after the check, which would be lost otherwise.
+    It is written when training starts, every so many steps and minutes, with each best.ckpt, and at the end. Where an
+    evaluation is due, it is written afterwards; otherwise a resumed run would lack the evaluation.
     """
 
     def __init__(self, run_dir: str, every_n_train_steps: int, every_n_minutes: float):
-        if every_n_train_steps < 1:
-            raise UserError(f"checkpoint.every_n_train_steps is {every_n_train_steps}: it must be at least 1")
-        if not every_n_minutes > 0:
-            raise UserError(f"checkpoint.every_n_minutes is {every_n_minutes}: it must be positive")
-        self.every_n_steps, self.every_n_minutes = every_n_train_steps, every_n_minutes
         self.path = os.path.join(run_dir, LAST_CKPT)
+        self.every_n_train_steps, self.every_n_seconds = every_n_train_steps, every_n_minutes * 60
         self._saved_at = 0.0
 
     def _save(self, trainer: Trainer) -> None:
@@ -89,18 +85,18 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = time.monotonic()
 
     def _is_due(self, trainer: Trainer, pl_module: Any) -> bool:
-        late = time.monotonic() - self._saved_at >= self.every_n_minutes * 60
+        late = time.monotonic() - self._saved_at >= self.every_n_seconds
         late = trainer.strategy.reduce_boolean_decision(late, all=False)  # all processes save together
-        return pl_module.stop_requested or late or trainer.global_step % self.every_n_steps == 0
+        return pl_module.stop_requested or late or trainer.global_step % self.every_n_train_steps == 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer)  # also on a resume: settings may have changed
+        self._save(trainer)  # on a resume too: options may have changed
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if is_step_boundary(trainer, batch_idx) and not eval_due(trainer) and self._is_due(trainer, pl_module):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        improved = get_callback(trainer, BestCheckpoint).saved_step == trainer.global_step
+        improved = get_callback(trainer, BestCheckpoint).best["best_step"] == trainer.global_step
         if self._is_due(trainer, pl_module) or trainer.should_stop or improved:
             self._save(trainer)

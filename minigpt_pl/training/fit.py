@@ -1,6 +1,6 @@
-"""One fit: what watches over it, where it begins, how it goes on from a checkpoint, and what a failure leaves.
+"""One fit: its callbacks, its loggers, where it starts, and how its failures are reported.
 
-What is parsed and built for every command is in `cli`; what a callback does in the room that it is from.
+Parsing options and building the model and the data are the work of `cli`.
 """
 
 import signal
@@ -12,49 +12,34 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from minigpt_pl.checkpoint.io import WRITE_FAILED_REMEDY, AtomicCheckpointIO, loop_state
-from minigpt_pl.checkpoint.run_dir import lock_run_dir
+from minigpt_pl.checkpoint.io import WRITE_FAILED_REMEDY, AtomicCheckpointIO
+from minigpt_pl.checkpoint.run_dir import RunDir
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.atomic_io import METRICS_FILE
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
-from minigpt_pl.training.callbacks import ProgressBar, StepSeeder, TrainMetrics
+from minigpt_pl.training.callbacks import StepSeeder
 from minigpt_pl.training.checkpointing import BestCheckpoint, LastCheckpoint, SaveConfig
 from minigpt_pl.training.lit_modules import LanguageModel
-from minigpt_pl.training.loggers import ResumableCSVLogger, new_run_id, wandb_run
+from minigpt_pl.training.loggers import ResumableCSVLogger, WandbCallback, new_run_id, wandb_run
+from minigpt_pl.training.metrics import TrainMetrics
+from minigpt_pl.training.patches import set_callbacks
+from minigpt_pl.training.progress import ProgressBar
+from minigpt_pl.training.resume import drops_last_eval, resume_state
 from minigpt_pl.training.stopping import GracefulStop
 from minigpt_pl.training.summary import RunSummary
 
-STEP_HOOKS = (
-    "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
-    "on_before_optimizer_step", "on_train_batch_end",
-)  # fmt: skip
-
-
-def eval_protocol(data: dict[str, Any], text_sha256: str) -> tuple[Any, ...]:
-    """What val/loss is of: under another one figures do not compare."""
-    mode = data["eval_mode"]
-    return text_sha256, mode, data["eval_iters" if mode == "sampled" else "max_eval_tokens"]
-
-
-def drop_empty_hooks(callback: Callback) -> Callback:
-    """The callback, with None for each hook of a step that it leaves empty: Lightning calls and times even those."""
-    for hook in STEP_HOOKS:
-        if getattr(type(callback), hook) is getattr(Callback, hook):
-            setattr(callback, hook, None)
-    return callback
-
 
 class FitRunner:
-    """A run, from its first callback to its last.
+    """A run, from building its callbacks to its end.
 
     Args:
-        run_dir: Where it writes.
-        resuming: Whether it goes on with the run in there.
-        start: The checkpoint that it starts from, or None.
-        saved: What that checkpoint holds.
-        settings: The whole resolved configuration.
-        init: What has been built of it.
+        run_dir: The run directory.
+        resuming: Whether the run in it continues.
+        start: Path of the checkpoint to start from, or None.
+        checkpoint: Contents of that checkpoint, or empty.
+        config: The whole resolved configuration.
+        init: The objects built from it.
     """
 
     def __init__(
@@ -62,101 +47,85 @@ class FitRunner:
         run_dir: Path,
         resuming: bool,
         start: Path | None,
-        saved: dict[str, Any],
-        settings: dict[str, Any],
+        checkpoint: dict[str, Any],
+        config: dict[str, Any],
         init: Any,
     ):
-        self.run_dir, self.resuming, self.saved, self.settings, self.init = run_dir, resuming, saved, settings, init
-        self.start = start
-        self.wandb_id = saved["wandb_id"] if resuming else new_run_id()
-        branches = bool(saved) and not resuming
-        self.summary = RunSummary(
-            settings, str(start) if branches else None, saved["global_step"] if branches else None
-        )
+        self.run_dir, self.resuming, self.start, self.checkpoint = run_dir, resuming, start, checkpoint
+        self.config, self.init = config, init
+        self.wandb_id = checkpoint["wandb_id"] if resuming else new_run_id()
+        self.branching = bool(checkpoint) and not resuming
+        parent = (str(start), checkpoint["global_step"]) if self.branching else (None, None)
+        self.summary = RunSummary(config, *parent)
         max_time = init.trainer.max_time
-        self.stops = GracefulStop(
-            None if max_time is None else timedelta(seconds=Timer(max_time).time_remaining() or 0)
-        )
+        seconds = None if max_time is None else Timer(max_time).time_remaining()  # it parses DD:HH:MM:SS
+        self.stops = GracefulStop(None if seconds is None else timedelta(seconds=seconds))
 
     def callbacks(self) -> list[Callback]:
-        """Ours, in the order in which they must act."""
-        init, place = self.init, str(self.run_dir)
-        found: list[Callback | None] = [
+        """Our callbacks, in the order in which they must act."""
+        init, run_dir = self.init, str(self.run_dir)
+        callbacks = [
             StepSeeder(), TrainMetrics(), self.summary, init.samples, init.early_stopping, self.stops,
+            BestCheckpoint(run_dir),
+            LastCheckpoint(run_dir, init.checkpoint.every_n_train_steps, init.checkpoint.every_n_minutes),
+            SaveConfig(self.config, self.wandb_id),
+            None if init.trainer.enable_progress_bar is False else ProgressBar(),
         ]  # fmt: skip
-        best = BestCheckpoint(place)
-        found += [best, LastCheckpoint(place, init.checkpoint.every_n_train_steps, init.checkpoint.every_n_minutes)]
-        found += [SaveConfig(self.settings, {"wandb_id": self.wandb_id})]
-        found += [ProgressBar(best)] if init.trainer.enable_progress_bar is not False else []
-        return [callback for callback in found if callback is not None]
+        return [callback for callback in callbacks if callback is not None]
 
-    def trainer_settings(self) -> dict[str, Any]:
-        """What the Trainer is told beside the user's settings."""
+    def trainer_options(self) -> dict[str, Any]:
+        """Options of the Trainer that the user does not choose."""
         return {
             "default_root_dir": str(self.run_dir),
             "max_epochs": 1,
             "max_time": None,
             "check_val_every_n_epoch": None,
-            "val_check_interval": self.init.data.eval_every * self.init.trainer.accumulate_grad_batches,
+            "val_check_interval": self.init.data.config.eval_every * self.init.trainer.accumulate_grad_batches,
         }
 
     def run(self, trainer: Any, model: LanguageModel, data: TextDataModule, io: AtomicCheckpointIO) -> None:
-        """Trains; nothing is written before.
+        """Trains. Nothing is written before.
 
         Raises:
-            InputError: If a branch has nothing left to train, a file cannot be written, or Lightning refuses a setting.
+            UserError: If a branch has nothing left to train, a file cannot be written, or Lightning refuses an option.
         """
-        if self.saved and not self.resuming and self.saved["global_step"] >= trainer.max_steps:
-            done = f"{self.start} has done trainer.max_steps {trainer.max_steps} already"
-            raise UserError(f"--ckpt_path {done}: give --trainer.max_steps MORE")
+        step = self.checkpoint.get("global_step", 0)
+        if self.branching and step >= trainer.max_steps:
+            problem = f"it has done all of trainer.max_steps {trainer.max_steps} already"
+            remedy = "use a larger --trainer.max_steps"
+            raise UserError(problem, option="ckpt_path", value=self.start, remedy=remedy)
 
-        def end_other_processes() -> None:  # that train on other devices: they would wait for this one for ever
+        def end_other_processes() -> None:  # those of the other devices would wait for this one forever
             if (launcher := trainer.strategy.launcher) is not None:
                 launcher.kill(signal.SIGKILL)
 
+        wandb_config = self.init.wandb if trainer.is_global_zero else None
         with (
-            lock_run_dir(self.run_dir, self.resuming),
-            wandb_run(self.init.wandb, trainer, self.run_dir, self.wandb_id, self.settings) as others,
+            RunDir(self.run_dir, self.resuming).lock(),
+            wandb_run(wandb_config, self.run_dir, self.wandb_id, self.config) as wandb_logger,
         ):
             signals.exit_hooks.append(end_other_processes)
             try:
-                step = self.saved["global_step"] if self.resuming else 0
-                if self.saved:
-                    io.prepared = self.resume_state(trainer, data)
-                grown = step < trainer.max_steps and self.resuming and self.saved["callbacks"]["RunSummary"]["off_grid"]
-                trainer.loggers = [
-                    ResumableCSVLogger(self.run_dir / METRICS_FILE, step, drop_check=bool(grown)),
-                    *others,
-                ]
-                if said := data.subsampling_note("val"):
-                    rank_zero_print(said)
-                trainer.callbacks = [drop_empty_hooks(callback) for callback in trainer.callbacks]
+                if self.checkpoint:
+                    io.prepared = resume_state(
+                        self.checkpoint, self.resuming, trainer, self.config, data.text_stats.sha256
+                    )
+                if note := data.subsampling_note("val"):
+                    rank_zero_print(note)
+                if trainer.is_global_zero:
+                    drop_eval = self.resuming and drops_last_eval(self.checkpoint, trainer.max_steps)
+                    path = self.run_dir / METRICS_FILE
+                    trainer.loggers = [ResumableCSVLogger(path, step if self.resuming else 0, drop_eval)]
+                    trainer.loggers += [wandb_logger] if wandb_logger else []
+                extra = [WandbCallback(wandb_logger)] if wandb_logger else []
+                set_callbacks(trainer, [*trainer.callbacks, *extra])
                 trainer.fit(model, datamodule=data, ckpt_path=self.init.ckpt_path)
             except BaseException as error:
                 end_other_processes()
-                if isinstance(error, MisconfigurationException):  # such as a monitor that is none
+                if isinstance(error, MisconfigurationException):  # such as a monitor that is never logged
                     problem = str(error).replace("`", "").split(". ")[0].split("\n")[0]
-                    raise UserError(f"{problem}: mend it, and begin again or go on") from error
+                    raise UserError(problem, remedy="correct it, and start again or resume") from error
                 if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-                    place = error.filename or self.run_dir
-                    raise UserError(
-                        f"{place} could not be written ({error.strerror}): {WRITE_FAILED_REMEDY}"
-                    ) from error
+                    problem = f"{error.filename or self.run_dir} could not be written ({error.strerror})"
+                    raise UserError(problem, remedy=WRITE_FAILED_REMEDY) from error
                 raise
-
-    def resume_state(self, trainer: Any, data: TextDataModule) -> dict[str, Any]:
-        """The checkpoint as Lightning is to restore it."""
-        steps = self.saved["global_step"]
-        checked = steps % self.init.data.eval_every == 0
-        kept = {callback.state_key for callback in trainer.callbacks}
-        if not self.resuming:  # a branch counts its own checks; what it has learned from is its parent's
-            kept = {TrainMetrics().state_key}
-        callbacks = {key: state for key, state in self.saved["callbacks"].items() if key in kept}
-        before = self.saved["settings"]["data"], self.saved["TextDataModule"]["text_sha256"]
-        if self.resuming and eval_protocol(*before) != eval_protocol(self.settings["data"], data.text_info.sha256):
-            rank_zero_print("checks measure something else than before: best.ckpt and patience begin anew")
-            for name in ("BestCheckpoint", "ValLossEarlyStopping"):
-                callbacks.pop(name, None)
-            callbacks["RunSummary"] = callbacks["RunSummary"] | {"best": dict.fromkeys(callbacks["RunSummary"]["best"])}
-        loops = loop_state(steps, steps * trainer.accumulate_grad_batches, checked)
-        return self.saved | {"loops": loops, "callbacks": callbacks}

@@ -73,7 +73,7 @@ HOOKS = {
     "minigpt_pl.training.lit_modules": in_modules,
     "minigpt_pl.training.summary": in_summary,
     "minigpt_pl.checkpoint.io": in_checkpoint,
-    "minigpt_pl.training.callbacks": in_callbacks,
+    "minigpt_pl.training.metrics": in_callbacks,
 }
 
 

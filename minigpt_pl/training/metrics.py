@@ -1,0 +1,169 @@
+"""Training metrics: averaged between two logs, timed, and refused when they are not finite.
+
+The sums come from `lit_modules`; the files that metrics are written to are in `loggers`.
+"""
+
+import math
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from minigpt_pl.runtime.errors import DivergenceError
+from minigpt_pl.training.callbacks import is_step_boundary
+
+
+class Throughput:
+    """Times training steps; evaluations, saves and the first steps of each start are left out.
+
+    Attributes:
+        tokens: Targets of the timed steps, over all starts of the run.
+        seconds: Time of these steps.
+        steps: Steps since this start, timed or not.
+        started_at: Time of the first step's start on the clock of time.perf_counter.
+    """
+
+    warmup_steps = 5  # caches, allocators and compilers settle
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds, self.steps, self.started_at = 0, 0.0, 0, 0.0
+        self._clock, self._resumed_at = 0.0, 0.0
+        self._last_update = (0, 0.0)  # tokens seen, clock
+        self._first_step_end = 0.0
+
+    def resume(self) -> None:
+        if not self._resumed_at:
+            self._resumed_at = time.perf_counter()
+            self.started_at = self.started_at or self._resumed_at
+
+    def pause(self) -> None:
+        self._clock, self._resumed_at = self.clock(), 0.0
+
+    def clock(self) -> float:
+        """Seconds of training since this start."""
+        return self._clock + (time.perf_counter() - self._resumed_at if self._resumed_at else 0.0)
+
+    def count_step(self, tokens_seen: int) -> None:
+        self.steps += 1
+        if self.steps == 1:
+            self._first_step_end = self.clock()
+        elif self.steps == self.warmup_steps:
+            self._last_update = (tokens_seen, self.clock())
+
+    def update(self, tokens_seen: int) -> float | None:
+        """Adds the steps since the last update; returns their tokens per second."""
+        if self.steps <= self.warmup_steps:
+            return None
+        clock = self.clock()
+        tokens, seconds = tokens_seen - self._last_update[0], clock - self._last_update[1]
+        self._last_update = (tokens_seen, clock)
+        self.tokens += tokens
+        self.seconds += seconds
+        return tokens / seconds if seconds else None
+
+    def seconds_per_step(self) -> float:
+        """Mean over all steps of this start but the first, which may compile."""
+        return (self.clock() - self._first_step_end) / max(1, self.steps - 1)
+
+
+class TrainMetrics(Callback):
+    """Logs training metrics every log_every_n_steps steps and those of each evaluation; ends a run that diverges.
+
+    Attributes:
+        tokens_seen: Targets trained on, including those before a resume.
+        latest: The training metrics logged last.
+        throughput: The timer of the steps.
+    """
+
+    def __init__(self) -> None:
+        self.tokens_seen = 0
+        self.latest: dict[str, float] = {}
+        self.throughput = Throughput()
+        self._unlogged = [0, 0]  # micro-batches and steps since the last log
+        self._restored_sums: list[list[float]] = []  # (processes, 3), from a checkpoint
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Over the whole run; None before any step was timed."""
+        return self.throughput.tokens / self.throughput.seconds if self.throughput.seconds else None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._pause(trainer, pl_module)
+        self.throughput.update(self.tokens_seen)
+        sums = trainer.strategy.all_gather(pl_module.running_sums)  # (3,) or (processes, 3)
+        checkpoint["callbacks"][self.state_key] = {
+            "tokens_seen": self.tokens_seen,
+            "timed_tokens": self.throughput.tokens,
+            "timed_seconds": self.throughput.seconds,
+            "unlogged": list(self._unlogged),
+            "running_sums": sums.view(-1, len(pl_module.running_sums)).tolist(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.tokens_seen = state_dict["tokens_seen"]
+        self.throughput.tokens, self.throughput.seconds = state_dict["timed_tokens"], state_dict["timed_seconds"]
+        self._unlogged, self._restored_sums = list(state_dict["unlogged"]), state_dict["running_sums"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self._restored_sums:
+            sums = torch.tensor(self._restored_sums)
+            same_processes = len(sums) == trainer.world_size
+            pl_module.running_sums.copy_(sums[trainer.global_rank] if same_processes else sums.mean(0))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.throughput.resume()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.tokens_seen += batch[1].numel() * trainer.world_size
+        self._unlogged[0] += 1
+        if is_step_boundary(trainer, batch_idx):
+            self._unlogged[1] += 1
+            self.throughput.count_step(self.tokens_seen)
+            if trainer.global_step % trainer.log_every_n_steps == 0:
+                self._log(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._pause(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if not math.isfinite(loss := pl_module.eval_metrics["val/loss"]):
+            raise DivergenceError(f"step {trainer.global_step}: val/loss is {loss}")
+        log_metrics(trainer, pl_module.eval_metrics)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.throughput.pause()
+        self.throughput.update(self.tokens_seen)
+
+    def _pause(self, trainer: Trainer, pl_module: Any) -> None:
+        if not pl_module.is_finite():  # between two logs nothing else looks
+            problem = "the loss, the gradient or a weight is not a finite number"
+            raise DivergenceError(f"step {trainer.global_step}: {problem}")
+        self.throughput.pause()
+
+    def _log(self, trainer: Trainer, pl_module: Any) -> None:
+        sums = trainer.strategy.reduce(pl_module.running_sums.clone(), reduce_op="mean")  # (3,)
+        micro_batches, steps = self._unlogged
+        means = sums / sums.new_tensor([micro_batches, micro_batches, steps])
+        loss, aux_loss, grad_norm = means.tolist()  # the only wait for the device between two logs
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergenceError(f"step {trainer.global_step}: train/loss is {loss}, train/grad_norm is {grad_norm}")
+        self.latest = {
+            "train/loss": loss,
+            "train/grad_norm": grad_norm,
+            "lr": trainer.optimizers[0].param_groups[-1]["lr"],  # under Muon, the last group is AdamW's
+            "tokens_seen": self.tokens_seen,
+        }
+        if speed := self.throughput.update(self.tokens_seen):
+            self.latest["perf/tokens_per_s"] = speed
+        if extra := pl_module.extra_metrics():
+            self.latest |= {"train/aux_loss": aux_loss} | extra
+        pl_module.running_sums.zero_()
+        self._unlogged = [0, 0]
+        log_metrics(trainer, self.latest)
+
+
+def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Passes metrics to every logger with the number of completed steps; Lightning's own count is one less."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, trainer.global_step)

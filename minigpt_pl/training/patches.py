@@ -1,0 +1,63 @@
+"""What reaches into Lightning or W&B beyond their public interfaces; seen in lightning 2.6.6 and wandb 0.31.0."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import WandbLogger
+
+STEP_HOOKS = (
+    "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
+    "on_before_optimizer_step", "on_train_batch_end",
+)  # fmt: skip
+
+
+def remove_hook(callback: Callback, name: str) -> None:
+    """Lightning skips a hook that cannot be called; it calls and times one that does nothing."""
+    setattr(callback, name, None)
+
+
+def set_callbacks(trainer: Any, callbacks: list[Callback]) -> None:
+    """Replaces the trainer's callbacks, without their empty hooks of a step.
+
+    There is no setter; the attribute is read at each hook.
+    """
+    for callback in callbacks:
+        for name in STEP_HOOKS:
+            if getattr(type(callback), name) is getattr(Callback, name):
+                remove_hook(callback, name)
+    trainer.callbacks = callbacks
+
+
+def keep_signal_handlers(trainer: Any) -> None:
+    """Keeps the handlers of `runtime.signals` during a fit.
+
+    Lightning's own handlers skip a due evaluation, exit with status 0 or 1, and wait for processes that may be gone.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None
+
+
+def remove_anonymous(logger: WandbLogger) -> None:
+    """Lightning always passes `anonymous` to wandb.init, which warns that it is deprecated."""
+    del logger._wandb_init["anonymous"]
+
+
+@contextmanager
+def wandb_environment(run_dir: Path, offline: bool) -> Iterator[None]:
+    """W&B's environment variables for one run; afterwards they are as before.
+
+    W&B and Lightning write into os.environ, and the next run in the process would inherit it.
+    """
+    before = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+    os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").resolve()))  # else tables are copied to the home
+    if offline:
+        os.environ["WANDB_ERROR_REPORTING"] = "false"  # it looks up its error server even when offline
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            del os.environ[name]
+        os.environ.update(before)
