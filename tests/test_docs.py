@@ -197,10 +197,9 @@ def test_quoted_numbers_are_those_of_the_report() -> None:
 
 
 def test_tests_named_on_a_page_exist() -> None:
-    """`test_name` anywhere, `folder/test_file.py::test_name` in that file; `tests/...` is a path."""
-    sources = {
-        str(path.relative_to(PROJECT / "tests")): path.read_text("utf-8") for path in PROJECT.rglob("tests/**/*.py")
-    }
+    """`test_name` in any file, `folder/test_file.py::test_name` in that file, `tests/...` as a path."""
+    tests = PROJECT / "tests"
+    sources = {str(path.relative_to(tests)): path.read_text("utf-8") for path in tests.rglob("*.py")}
     named = 0
     for page in PAGES:
         text = page.read_text("utf-8")
@@ -244,8 +243,8 @@ def curve_labels(path: Path) -> set[str]:
     return set(re.findall(r">(\S+ (?:model )?\d\.\d{3})</text>", path.read_text("utf-8")))
 
 
-def expected_labels(text: str, best: float) -> set[str]:
-    values = {name: metrics["nats_per_char"] for name, metrics in compute_baselines(text).items()}
+def expected_labels(text: str, train_frac: float, best: float) -> set[str]:
+    values = {name: metrics["nats_per_char"] for name, metrics in compute_baselines(text, train_frac, 0.0).items()}
     return {f"{name} {value:.3f}" for name, value in (values | {"this model": best}).items()}
 
 
@@ -253,13 +252,16 @@ def test_the_curve_is_that_of_readmes_run() -> None:
     readme = README.read_text("utf-8")
     best = float(re.findall(r"^\| `val/nats_per_char` .* (\d\.\d+) \|$", readme, re.MULTILINE)[0])
     assert f"{best:.3f}" == f"{float(re.findall(r'best val/loss (.*?) ', readme)[0]):.3f}"
-    assert curve_labels(learning_curve.CURVE) == expected_labels("data/input.txt", best)
+    assert curve_labels(learning_curve.CURVE) == expected_labels("data/input.txt", 0.9, best)
 
 
 def test_a_run_is_drawn_beside_the_baselines_of_its_text(trained: Path, tmp_path: Path) -> None:
     learning_curve.draw(trained / "run", tmp_path / "curve.svg")
-    best = json.loads((trained / "run" / "summary.json").read_text("utf-8"))["best_nats_per_char"]
-    assert curve_labels(tmp_path / "curve.svg") == expected_labels(str(trained / "my.txt"), best)
+    summary = json.loads((trained / "run" / "summary.json").read_text("utf-8"))
+    expected = expected_labels(
+        str(trained / "my.txt"), summary["config"]["data"]["train_frac"], summary["best_nats_per_char"]
+    )
+    assert curve_labels(tmp_path / "curve.svg") == expected
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK"])

@@ -14,7 +14,8 @@ TESTS = "python -m pytest -n 2 --dist loadfile"
 INSTALL = ("python -m venv .venv", ". .venv/bin/activate", 'pip install -e ".[dev]"')
 SMALL_FIT = (
     "--model.n_layer", "1", "--model.n_head", "2", "--model.n_embd", "16", "--model.block_size", "16",
-    "--data.batch_size", "2", "--data.eval_every", "4", "--data.max_eval_tokens", "64", "--trainer.max_steps",
+    "--data.batch_size", "2", "--data.eval_every", "4", "--data.max_eval_tokens", "64",
+    "--samples.max_new_tokens", "5", "--trainer.max_steps",
 )  # fmt: skip
 SMALL = {
     "predict": ("--sample.max_new_tokens", "5"),
@@ -33,13 +34,21 @@ COMMANDS = [line for block in code_blocks("bash") for line in block.splitlines()
 
 
 def shrink(args: list[str]) -> list[str]:
-    """The arguments of a command with smaller sizes, and no other change but the text."""
+    """The arguments of a command with smaller sizes and a smaller text; W&B starts for the first fit only."""
     if args[0] != "fit" or "--help" in args:
         return [*args, *SMALL.get(args[0], ())]
-    if "--ckpt_path" in args:  # a resumed run trains longer than its first start, a fork longer than its parent
-        return [*args, *SMALL_FIT, "8" if "runs/fork" in args else "6"]
-    text = () if "runs/first" in args else ("--data.path", TEXT)
-    return [*args, *SMALL_FIT, "4", *text]
+    if args == ["fit", "--run_dir", "runs/first"]:
+        return [*args, "--data.path", TEXT, *SMALL_FIT, "4"]
+    text = () if "--ckpt_path" in args else ("--data.path", TEXT)
+    steps = {"runs/first": "6", "runs/fork": "8"}.get(args[args.index("--run_dir") + 1], "4")
+    return [
+        *args,
+        "--wandb",
+        "null",
+        *text,
+        *SMALL_FIT,
+        steps,
+    ]  # resumed, a run trains longer; a fork trains longer still
 
 
 def test_every_command_and_the_python_block_run(
