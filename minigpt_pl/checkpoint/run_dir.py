@@ -1,6 +1,6 @@
-"""A run's directory: chosen, claimed by one process, and left as it should be by a start that failed.
+"""The directory of a run: chosen, locked by one process, and cleaned up after a start that failed.
 
-What stands in the files is the matter of those who write them.
+The contents of its files belong to those who write them.
 """
 
 import os
@@ -9,11 +9,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from minigpt_pl.checkpoint.io import LAST_CKPT, holds_run
+from minigpt_pl.checkpoint.io import BEST_CKPT, LAST_CKPT, suggest_checkpoint
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.atomic_io import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, remove_temp_files
 from minigpt_pl.runtime.errors import UserError, is_rank_zero, rank_zero_print
@@ -21,102 +23,114 @@ from minigpt_pl.runtime.errors import UserError, is_rank_zero, rank_zero_print
 RUN_FILES = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, SAMPLES_FILE, "wandb")
 
 
-def resolve_run_dir(said: str, checkpoint: Path | None, model: str) -> tuple[Path, bool]:
-    """The run directory, and whether the run there goes on.
+class RunDir(NamedTuple):
+    """The directory of a run, and whether the run in it is resumed."""
 
-    Args:
-        said: --run_dir, or "".
-        checkpoint: What the run starts from, or None.
-        model: The model's class, for the name of a new directory.
+    path: Path
+    resuming: bool
+
+    def holds_run(self) -> bool:
+        return (self.path / BEST_CKPT).exists() or (self.path / LAST_CKPT).exists()
+
+    def error(self, problem: str, remedy: str = "") -> UserError:
+        return UserError(problem, option="run_dir", value=self.path, remedy=f"{remedy}use another --run_dir")
+
+    def check_free(self) -> None:
+        """Raises a UserError if a new run would overwrite another one."""
+        if self.holds_run() and not self.resuming:
+            raise self.error("the directory holds a run", "resume it with --ckpt_path last, or ")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Creates the directory and keeps other processes out of it; at the end removes what is unfinished."""
+        if not is_rank_zero():
+            yield
+            return
+        created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        lock = FileLock(self.path / ".lock")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise self.error("another process trains in it", "wait for it to end, or ") from None
+        except OSError as error:
+            raise self.error(f"the directory is not writable ({error.strerror})") from None
+        clean_up = partial(self._clean_up, created)
+        signals.exit_hooks.append(clean_up)
+        try:
+            self.check_free()  # again: another process may have been faster
+            remove_temp_files(self.path)
+            if not self.resuming:
+                self._move_leftovers()
+            yield
+        finally:
+            clean_up()
+            lock.release()
+            signals.exit_hooks.remove(clean_up)
+
+    def _clean_up(self, created: list[Path]) -> None:
+        with suppress(OSError):
+            remove_temp_files(self.path)
+            if not self.holds_run():
+                for path in (self.path / name for name in RUN_FILES):
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            (self.path / ".lock").unlink(missing_ok=True)  # while it is held, as nobody waits for it
+            for folder in created:
+                folder.rmdir()  # stops at the first one that is not empty
+
+    def _move_leftovers(self) -> None:
+        """Keeps files of a start that died before its first checkpoint out of the new run."""
+        if leftovers := [self.path / name for name in RUN_FILES if (self.path / name).exists()]:
+            aside = self.path / f"aside-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+            aside.mkdir()
+            for path in leftovers:
+                shutil.move(path, aside / path.name)
+            rank_zero_print(f"{self.path} had files of a start that failed early: moved to {aside}")
+
+
+def resolve_run_dir(run_dir: str, checkpoint: Path | None, model: str) -> RunDir:
+    """The directory of a run of `fit`, from --run_dir or "", the checkpoint to start from, and the model's class.
 
     Raises:
-        InputError: If the directory holds another run, or a branch has no directory of its own.
+        UserError: If the directory holds another run, or a branch has no directory.
     """
-    first = is_rank_zero()
-    if not first and "MINIGPT_RUN_DIR" in os.environ:  # the clock has moved on, and the directory may hold a run by now
-        return Path(os.environ["MINIGPT_RUN_DIR"]), os.environ["MINIGPT_RESUMING"] == "1"
+    path = Path(run_dir).expanduser() if run_dir else None
     resuming = checkpoint is not None and checkpoint.name == LAST_CKPT
-    if resuming and said and checkpoint:
-        resuming = Path(said).expanduser().resolve() == checkpoint.parent.resolve()
-    if checkpoint and not resuming and not said:
-        raise UserError(
-            f"--ckpt_path {checkpoint} is not where a run stopped: give its branch a place with --run_dir NEW, "
-            "or go on from last.ckpt"
-        )
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{model}"
-    run_dir = checkpoint.parent if resuming and checkpoint else Path(said).expanduser() if said else Path("runs", name)
-    if not (said or resuming) and (not first or has_peer_processes()):
-        raise UserError("several processes were started, each with its own clock: give --run_dir")
-    if not first:
-        return run_dir, resuming
-    check_run_dir_free(run_dir, resuming)
-    os.environ["MINIGPT_RUN_DIR"], os.environ["MINIGPT_RESUMING"] = str(run_dir), str(int(resuming))
-    return run_dir, resuming
+    if checkpoint and path:
+        resuming = resuming and path.resolve() == checkpoint.parent.resolve()
+    elif checkpoint and not resuming:
+        remedy = "start a branch with --run_dir NEW, or resume from last.ckpt"
+        raise UserError("a run resumes from last.ckpt only", option="ckpt_path", value=checkpoint, remedy=remedy)
+    result = RunDir(checkpoint.parent if checkpoint and resuming else path or _new_path(model), resuming)
+    if is_rank_zero():  # for others the directory may hold the run by now
+        result.check_free()
+    return result
+
+
+def _new_path(model: str) -> Path:
+    """A path by time and model. Processes that Lightning starts inherit the first one's, as the time has moved on."""
+    if is_rank_zero() and not has_peer_processes():
+        os.environ["MINIGPT_RUN_DIR"] = str(Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{model}"))
+    elif is_rank_zero() or "MINIGPT_RUN_DIR" not in os.environ:
+        raise UserError("several processes were started, each with its own clock", remedy="use --run_dir DIR")
+    return Path(os.environ["MINIGPT_RUN_DIR"])
 
 
 def has_peer_processes() -> bool:
-    """Whether torchrun or SLURM started others beside this process; none of them could tell the rest a time."""
+    """Whether torchrun or SLURM started other processes, which inherit nothing from this one."""
     counts = {"TORCHELASTIC_RUN_ID": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}
     return any(mark in os.environ and int(os.environ.get(count) or 1) > 1 for mark, count in counts.items())
 
 
-def check_run_dir_free(run_dir: Path, resuming: bool) -> None:
-    if holds_run(run_dir) and not resuming:
-        raise UserError(
-            f"--run_dir {run_dir} holds a run: go on with it by --ckpt_path last, or choose another --run_dir"
-        )
-
-
-@contextmanager
-def lock_run_dir(run_dir: Path, resuming: bool) -> Iterator[None]:
-    """Makes the directory and keeps other processes out of it; in the end, what is half-made goes.
-
-    Raises:
-        InputError: If it cannot be written or another process trains in it.
-    """
-    if not is_rank_zero():
-        yield
-        return
-    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    lock = FileLock(run_dir / ".lock")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"--run_dir {run_dir}: another process trains there; wait for it, or choose another --run_dir"
-        ) from None
-    except OSError as error:
-        raise UserError(f"--run_dir {run_dir} cannot be written ({error.strerror}): choose another") from None
-
-    def tidy() -> None:
-        with suppress(OSError):
-            remove_temp_files(run_dir)
-            if not holds_run(run_dir):
-                for path in (run_dir / name for name in RUN_FILES):
-                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody waits for it
-            for folder in made if not holds_run(run_dir) else ():
-                folder.rmdir()  # stops at the first that is not empty
-
-    signals.exit_hooks.append(tidy)
-    try:
-        check_run_dir_free(run_dir, resuming)  # another process may have been faster
-        remove_temp_files(run_dir)
-        if not resuming:
-            move_leftovers_aside(run_dir)
-        yield
-    finally:
-        tidy()
-        lock.release()
-        signals.exit_hooks.remove(tidy)
-
-
-def move_leftovers_aside(run_dir: Path) -> None:
-    """Files of a start that died before its first checkpoint do not mix with those of the next."""
-    if left := [run_dir / name for name in RUN_FILES if (run_dir / name).exists()]:
-        aside = run_dir / f"aside-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-        aside.mkdir()
-        for path in left:
-            shutil.move(path, aside / path.name)
-        rank_zero_print(f"{run_dir} had files of a start that died early: moved to {aside}")
+def find_checkpoint(ckpt_path: str, run_dir: str) -> Path:
+    """The file that --ckpt_path names; `last` and `best` must exist in --run_dir."""
+    if ckpt_path not in ("last", "best"):
+        return Path(ckpt_path).expanduser()
+    if not run_dir:
+        remedy = "use both, or name the checkpoint's file"
+        raise UserError("it needs --run_dir", option="ckpt_path", value=ckpt_path, remedy=remedy)
+    path = Path(run_dir, LAST_CKPT if ckpt_path == "last" else BEST_CKPT).expanduser()
+    if not path.is_file():
+        problem = f"there is no {path}"
+        raise UserError(problem, option="ckpt_path", value=ckpt_path, remedy=suggest_checkpoint(path))
+    return path

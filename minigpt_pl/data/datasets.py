@@ -1,11 +1,18 @@
-"""Windows of tokens in batches: those to train on are pure functions of their number, those of a check cover a part.
+"""Windows of tokens in batches, for training and for evaluation.
 
-Where tokens come from is in `tokens`, which windows a check reads in `data`.
+The law of training data: **a batch is a pure function of (seed, optimizer step, row)**. Rows are numbered across all
+micro-batches and devices of a step, and random numbers are derived from these three, never stored. So 4 micro-batches
+of 16 rows are 1 of 64, any number of devices sees the same global batch, a resume is exact at any step, and workers,
+evaluation or sampling cannot disturb training. Starts of windows are drawn as fractions of the split, so runs that
+differ in other options see equal batches.
+
+Where tokens come from is in `token_cache`, which windows an evaluation reads in `datamodule`.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,41 +20,41 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from minigpt_pl.data.config import SamplingMode
 from minigpt_pl.data.token_cache import TokenArray
 from minigpt_pl.runtime.seeding import derive_seed, uniform
 
 IGNORE_INDEX = -100  # the target of padding, torch's own convention
-SamplingMode = Literal["random", "epoch"]
 
 
 class Batch(NamedTuple):
-    """Windows of a part: inputs (B, T) and the tokens that follow them (B, T)."""
+    """A micro-batch to train on."""
 
-    inputs: Tensor
-    targets: Tensor
+    inputs: Tensor  # (B, T)
+    targets: Tensor  # (B, T), the tokens that follow the inputs
 
 
 class EvalBatch(NamedTuple):
-    """A batch of a check; padding has the target IGNORED. counts (B, 3): scored tokens, their characters and bytes."""
+    """A batch to evaluate on."""
 
-    inputs: Tensor
-    targets: Tensor
-    counts: Tensor
+    inputs: Tensor  # (B, T)
+    targets: Tensor  # (B, T), IGNORE_INDEX where padded
+    counts: Tensor  # (B, 3), targets that are not padding, their characters and their bytes
 
 
-def sample_starts(count: int, room: int, *purpose: object) -> NDArray[np.int64]:
-    """`count` places, each one of the first `room`; drawn as fractions, so that another `room` scales them."""
-    return (uniform(count, *purpose) * room).astype(np.int64)
+def sample_starts(count: int, choices: int, *purpose: object) -> NDArray[np.int64]:
+    """`count` random numbers below `choices`, drawn as fractions: another `choices` only scales them."""
+    return (uniform(count, *purpose) * choices).astype(np.int64)
 
 
 def windows_in_epoch(length: int, block_size: int) -> int:
-    """Windows side by side in `length` tokens, one fewer than could be, so that where the first one starts can vary."""
+    """Adjacent windows in `length` tokens, one fewer than fit, so that the start of the first one can vary."""
     return max(1, (length - 1) // block_size - 1)
 
 
 @lru_cache(maxsize=2)  # a batch may lie in two epochs
 def epoch_starts(length: int, block_size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Where the windows of an epoch start, in shuffled sampling: no token is a target twice."""
+    """Starts of the windows of an epoch, in shuffled order: no token is a target twice."""
     count = windows_in_epoch(length, block_size)
     (shift,) = sample_starts(1, min(block_size, length - count * block_size), seed, "shift", epoch)
     order = np.random.Philox(key=derive_seed(seed, "order", epoch)).random_raw(count).argsort(kind="stable")
@@ -55,79 +62,66 @@ def epoch_starts(length: int, block_size: int, seed: int, epoch: int) -> NDArray
     return starts
 
 
+@dataclass(eq=False)
 class TrainDataset(Dataset[Batch]):
-    """Micro-batch number i of a run, this process's rows of it.
+    """Item i is micro-batch i of the run, this process's rows of it.
 
-    Args:
-        ids: Tokens of the train part.
-        block_size: Targets in a window.
-        batch_size: Windows in a micro-batch of all processes together.
-        accumulate: Micro-batches in an optimizer step.
-        seed: Decides, with the step and the row in it, where a window starts.
-        rank: Number of this process.
-        world: Number of processes.
-        sampling: random: windows start anywhere, with replacement; or epoch, see `epoch_starts`.
-        token_noise: Share of the inputs in whose place stands a token of the vocabulary, each as likely, so that the text is
-            not learned by heart (after Xie et al., arXiv 1703.02573). Targets are as they are.
-        vocab_size: Tokens of which noise is made.
+    Token noise replaces inputs, not targets, by uniformly drawn tokens (after Xie et al., arXiv 1703.02573).
     """
 
-    def __init__(
-        self,
-        ids: TokenArray,
-        block_size: int,
-        batch_size: int,
-        accumulate: int,
-        seed: int,
-        rank: int,
-        world: int,
-        sampling: SamplingMode = "random",
-        token_noise: float = 0.0,
-        vocab_size: int = 0,
-    ):
-        assert len(ids) > block_size, "there is no window to train on"
-        self.ids, self.block_size, self.batch_size, self.accumulate = ids, block_size, batch_size, accumulate
-        self.seed, self.rank, self.world, self.sampling = seed, rank, world, sampling
-        self.token_noise, self.vocab_size = token_noise, vocab_size
+    ids: TokenArray  # (N,), of the training split
+    block_size: int  # T
+    batch_size: int  # B, windows in a micro-batch over all processes
+    seed: int
+    accumulate: int = 1  # micro-batches in an optimizer step
+    rank: int = 0
+    world: int = 1  # processes
+    sampling: SamplingMode = "random"  # windows start anywhere, with replacement; "epoch": see `epoch_starts`
+    token_noise: float = 0.0  # share of the inputs that is replaced
+    vocab_size: int = 0
 
-    def starts(self, i: int) -> NDArray[np.int64]:
-        """Where the windows of micro-batch i start, those of all processes."""
+    def __post_init__(self) -> None:
+        assert len(self.ids) > self.block_size, "there is no window to train on"
+
+    def _rows(self, i: int) -> tuple[int, int, int]:
+        """The optimizer step of micro-batch i, and the first and last + 1 of its rows in that step."""
+        step, micro = divmod(i, self.accumulate)
+        return step, self.batch_size * micro, self.batch_size * (micro + 1)
+
+    def _starts(self, i: int) -> NDArray[np.int64]:
+        """Starts of the windows of micro-batch i, over all processes, (B,)."""
         if self.sampling == "epoch":
             length, size = len(self.ids), self.block_size
             count = windows_in_epoch(length, size)
             rows = range(i * self.batch_size, (i + 1) * self.batch_size)
             return np.array([epoch_starts(length, size, self.seed, row // count)[row % count] for row in rows])
-        step, begin, end = self.step_rows(i)
+        step, begin, end = self._rows(i)
         return sample_starts(end, len(self.ids) - self.block_size, self.seed, "batch", step)[begin:]
 
-    def step_rows(self, i: int) -> tuple[int, int, int]:
-        """The step of micro-batch i, and which rows of that step it has: however a step is cut, they are the same."""
-        step, micro = divmod(i, self.accumulate)
-        return step, self.batch_size * micro, self.batch_size * (micro + 1)
-
-    def token_noise_of(self, i: int) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """Which inputs of micro-batch i another token replaces, and by which, both (B, T)."""
-        step, begin, end = self.step_rows(i)
+    def _noise(self, i: int) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """Which inputs of micro-batch i are replaced, (B, T), and the tokens that replace them, (B, T)."""
+        step, begin, end = self._rows(i)
         drawn = uniform(2 * self.block_size * end, self.seed, "noise", step).reshape(end, self.block_size, 2)[begin:]
         return drawn[:, :, 0] < self.token_noise, (drawn[:, :, 1] * self.vocab_size).astype(np.int64)
 
     def __getitem__(self, i: int) -> Batch:
-        starts = self.starts(i)
-        share = len(starts) // self.world
+        share = self.batch_size // self.world
         mine = slice(self.rank * share, (self.rank + 1) * share)
-        windows = self.ids[starts[mine, None] + np.arange(self.block_size + 1)].astype(np.int64)
+        positions = self._starts(i)[mine, None] + np.arange(self.block_size + 1)  # (B / world, T + 1)
+        windows = self.ids[positions].astype(np.int64)
         inputs, targets = windows[:, :-1], windows[:, 1:]
         if self.token_noise:
-            replaced, others = self.token_noise_of(i)
-            inputs = np.where(replaced[mine], others[mine], inputs)
+            replaced, tokens = self._noise(i)
+            inputs = np.where(replaced[mine], tokens[mine], inputs)
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
 
 
+@dataclass(eq=False)
 class ResumableSampler(Sampler[int]):
-    """Indices from `start` to `stop`; its length is the whole run's, so that bars and the loop count from 0."""
+    """Indices from `start` to `stop`; its length is that of the whole run, as Lightning's loop and bar count from 0."""
 
-    def __init__(self, start: int, stop: int):
-        self.start, self.stop = start, stop
+    start: int
+    stop: int
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.start, self.stop))
@@ -136,97 +130,70 @@ class ResumableSampler(Sampler[int]):
         return self.stop
 
 
+@dataclass(eq=False)
 class EvalDataset(Dataset[EvalBatch]):
-    """Given windows of a part in batches of one shape, the last one padded; batches beyond it are all padding.
+    """The windows at `starts`, in batches of one shape; the last one is padded, later ones are all padding."""
 
-    Args:
-        ids: Tokens of the part.
-        sizes: Characters and bytes of each token (V, 2).
-        starts: Where windows start.
-        block_size: Targets in a window.
-        batch_size: Windows in a batch.
-    """
-
-    def __init__(
-        self, ids: TokenArray, sizes: NDArray[np.int64], starts: NDArray[np.int64], block_size: int, batch_size: int
-    ):
-        self.ids, self.sizes, self.starts = ids, sizes, starts
-        self.block_size, self.batch_size = block_size, batch_size
+    ids: TokenArray  # (N,), of one split
+    token_lengths: NDArray[np.int64]  # (V, 2), characters and bytes of each token
+    block_size: int  # T
+    batch_size: int  # B
+    starts: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __len__(self) -> int:
         return -(-len(self.starts) // self.batch_size)
 
     def __getitem__(self, i: Any) -> EvalBatch:
-        return self.score(self.starts[i * self.batch_size : (i + 1) * self.batch_size])
+        return self.batch_at(self.starts[i * self.batch_size : (i + 1) * self.batch_size])
 
-    def score(self, starts: NDArray[np.int64]) -> EvalBatch:
-        """A batch of the windows that start there; what lies beyond the part's end is padding."""
-        places = starts[:, None] + np.arange(self.block_size + 1)
-        scored = places[:, 1:] < len(self.ids)
-        windows = self.ids[np.minimum(places, len(self.ids) - 1)].astype(np.int64)
+    def batch_at(self, starts: NDArray[np.int64]) -> EvalBatch:
+        """The batch of the windows at `starts`; positions after the end of the split are padding."""
+        positions = starts[:, None] + np.arange(self.block_size + 1)  # (n, T + 1)
+        scored = positions[:, 1:] < len(self.ids)  # (n, T)
+        windows = self.ids[np.minimum(positions, len(self.ids) - 1)].astype(np.int64)
         targets = np.where(scored, windows[:, 1:], IGNORE_INDEX)
-        sizes = (self.sizes[windows[:, 1:]] * scored[..., None]).sum(1)
-        counts = np.concatenate([scored.sum(1, keepdims=True), sizes], 1)
-        short = [(0, self.batch_size - len(starts)), (0, 0)]
+        lengths = (self.token_lengths[windows[:, 1:]] * scored[..., None]).sum(1)  # (n, 2)
+        counts = np.concatenate([scored.sum(1, keepdims=True), lengths], 1)
+        rows = [(0, self.batch_size - len(starts)), (0, 0)]
         return EvalBatch(
-            torch.from_numpy(np.pad(windows[:, :-1], short)),
-            torch.from_numpy(np.pad(targets, short, constant_values=IGNORE_INDEX)),
-            torch.from_numpy(np.pad(counts, short)),
+            torch.from_numpy(np.pad(windows[:, :-1], rows)),
+            torch.from_numpy(np.pad(targets, rows, constant_values=IGNORE_INDEX)),
+            torch.from_numpy(np.pad(counts, rows)),
         )
 
 
+@dataclass(eq=False)
 class SampledEvalDataset(EvalDataset):
-    """The seed document's estimator: `count` batches of windows drawn anew, with replacement, at each check.
+    """Batches of windows that are drawn anew, with replacement, for each evaluation: the reference report's estimator.
 
-    Args:
-        ids: Tokens of the part.
-        sizes: Characters and bytes of each token (V, 2).
-        block_size: Targets in a window.
-        batch_size: Windows in a batch.
-        count: Batches of a check.
-        purpose: What the windows are drawn for; with the check's step it decides them.
+    Item (step, i) is batch i of the evaluation at a step.
     """
 
-    def __init__(
-        self,
-        ids: TokenArray,
-        sizes: NDArray[np.int64],
-        block_size: int,
-        batch_size: int,
-        count: int,
-        purpose: tuple[object, ...],
-    ):
-        assert len(ids) > block_size, "there is no window to sample"
-        super().__init__(ids, sizes, np.empty(0, np.int64), block_size, batch_size)
-        self.count, self.purpose = count, purpose
+    count: int = 0  # batches in an evaluation
+    purpose: tuple[object, ...] = ()  # with the step it determines the windows; see `seeding.uniform`
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, place: Any) -> EvalBatch:
-        """Batch i of the check at a step, for place (step, i)."""
-        step, i = place
+    def __getitem__(self, item: Any) -> EvalBatch:
+        step, i = item
         if i >= self.count:
-            return self.score(self.starts)
+            return self.batch_at(self.starts)
         begin, end = self.batch_size * i, self.batch_size * (i + 1)
-        return self.score(sample_starts(end, len(self.ids) - self.block_size, *self.purpose, step)[begin:])
+        return self.batch_at(sample_starts(end, len(self.ids) - self.block_size, *self.purpose, step)[begin:])
 
 
+@dataclass(eq=False)
 class DistributedEvalSampler(Sampler[Any]):
-    """This process's share of a check's batches, as many as any other's.
+    """This process's share of an evaluation's batches, as many as every other process has."""
 
-    Args:
-        count: Batches of all processes together.
-        rank: Number of this process.
-        world: Number of processes.
-        step: Asked at each check for its step, which SampledBatches wants before the batch; or None.
-    """
-
-    def __init__(self, count: int, rank: int, world: int, step: Callable[[], int] | None = None):
-        self.count, self.rank, self.world, self.step = count, rank, world, step
+    count: int  # batches over all processes
+    rank: int
+    world: int  # processes
+    step: Callable[[], int] | None = None  # the evaluation's step, for the items of a SampledEvalDataset
 
     def __iter__(self) -> Iterator[Any]:
-        mine = range(self.rank, len(self) * self.world, self.world)  # beyond count: all padding
+        mine = range(self.rank, len(self) * self.world, self.world)  # batches after `count` are all padding
         return iter(mine) if self.step is None else iter([(self.step(), i) for i in mine])
 
     def __len__(self) -> int:

@@ -1,11 +1,12 @@
-"""Text to token ids and back: characters, or byte pairs merged over lines. JSON in, JSON out, and a hash of it.
+"""Text to token ids and back: characters, or byte pairs merged within lines; saved as JSON with a hash.
 
-Knows no files; reading and splitting are in `text`, what is kept of a whole text in `tokens`.
+It opens no files. How a text is read and split is in `corpus`, how its token ids are cached in `token_cache`.
 """
 
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -19,47 +20,39 @@ from tokenizers import models, pre_tokenizers, trainers
 from minigpt_pl.data.corpus import code_points
 from minigpt_pl.runtime.errors import UserError
 
-MAX_LINE_CHARACTERS = 1024
-"""Characters after which a line is cut for byte pairs: learning merges takes the square of a line's length."""
+MAX_LINE_CHARACTERS = 1024  # bpe cuts longer lines: the time to learn merges grows with the square of their length
 
 
-class Tokenizer:
-    """What both kinds share; a token is always a string of whole characters.
-
-    Attributes:
-        vocabulary: The string of each token id.
-    """
+class Tokenizer(ABC):
+    """Base of both tokenizers; a token is always a string of whole characters."""
 
     kind: ClassVar[str]
     vocabulary: list[str]
+    """The string of each token id."""
 
-    def encode_chunks(self, texts: Iterable[str]) -> Iterator[NDArray[np.integer]]:
-        """Token ids, of `dtype`, of one text that comes in pieces; where it is cut into them makes no difference.
+    @abstractmethod
+    def encode_chunks(self, chunks: Iterable[str]) -> Iterator[NDArray[np.integer]]:
+        """Token ids, of `dtype`, of one text that is given in chunks; the chunks' boundaries do not matter.
 
         Raises:
-            InputError: If the text has characters that the vocabulary lacks; names them.
+            UserError: If the text has characters that are not in the vocabulary; names them.
         """
-        raise NotImplementedError
 
     def encode(self, text: str) -> NDArray[np.integer]:
-        """Token ids of a text.
-
-        Raises:
-            InputError: As `encode_chunks`.
-        """
+        """Token ids of a text; raises as `encode_chunks`."""
         return np.concatenate([np.empty(0, self.dtype), *self.encode_chunks([text])])
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Token ids to continue; an empty prompt is a newline, or where the vocabulary has none its first token."""
+        """Token ids to continue; an empty prompt is a newline, or the first token if there is no newline."""
         start = "\n" if "\n" in self.vocabulary else self.vocabulary[0]
         return self.encode(prompt or start).tolist()
 
     def decode(self, ids: list[int]) -> str:
         return "".join([self.vocabulary[i] for i in ids])
 
+    @abstractmethod
     def dump(self) -> str:
-        """The tokenizer as canonical JSON, which `load` reads."""
-        raise NotImplementedError
+        """The tokenizer as canonical JSON, which `load_tokenizer` reads."""
 
     @cached_property
     def sha256(self) -> str:
@@ -67,7 +60,7 @@ class Tokenizer:
 
     @cached_property
     def dtype(self) -> np.dtype[np.unsignedinteger]:
-        """The smallest that holds every id, and one more that is none."""
+        """The smallest type that holds every id and the vocabulary size."""
         return np.min_scalar_type(len(self.vocabulary))
 
     @cached_property
@@ -75,33 +68,29 @@ class Tokenizer:
         """Characters and UTF-8 bytes of each token, (V, 2)."""
         return np.array([(len(token), len(token.encode())) for token in self.vocabulary], np.int64)
 
-    def check_known(self, unknown: set[str]) -> None:
+    def _check_known(self, unknown: set[str]) -> None:
         if unknown:
             names = " ".join(repr(c) for c in sorted(unknown)[:10]) + (" ..." if len(unknown) > 10 else "")
-            raise UserError(f"the model never saw {names}: leave out these characters")
+            raise UserError(f"the model never saw {names}", remedy="leave out these characters")
 
 
 class CharTokenizer(Tokenizer):
-    """One token a character, numbered by code point.
-
-    Args:
-        alphabet: The characters, in any order.
-    """
+    """One token for each character of `alphabet`, numbered by code point."""
 
     kind = "char"
 
     def __init__(self, alphabet: str):
         self.vocabulary = sorted(set(alphabet))
         points = code_points("".join(self.vocabulary))
-        self.unknown = len(points)
-        self.table = np.full(points[-1] + 2, self.unknown, self.dtype)  # its last place is for all that lies beyond
+        self.unknown_id = len(points)
+        self.table = np.full(points[-1] + 2, self.unknown_id, self.dtype)  # the last entry: all larger code points
         self.table[points] = np.arange(len(points))
 
-    def encode_chunks(self, texts: Iterable[str]) -> Iterator[NDArray[np.integer]]:
-        for text in texts:
-            ids = self.table.take(code_points(text), mode="clip")
-            if ids.max(initial=0) == self.unknown:
-                self.check_known(set(text) - set(self.vocabulary))
+    def encode_chunks(self, chunks: Iterable[str]) -> Iterator[NDArray[np.integer]]:
+        for chunk in chunks:
+            ids = self.table.take(code_points(chunk), mode="clip")
+            if ids.max(initial=0) == self.unknown_id:
+                self._check_known(set(chunk) - set(self.vocabulary))
             yield ids
 
     def dump(self) -> str:
@@ -109,91 +98,85 @@ class CharTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-pair encoding (Sennrich et al., arXiv 1508.07909) over characters; no merge crosses a line's end.
+    """Byte-pair encoding (Sennrich et al., arXiv 1508.07909) over characters; no merge crosses the end of a line.
 
     Args:
         vocabulary: The tokens, characters first.
         merges: Pairs of tokens that become one, in the order in which they were learned.
-        longest: Characters after which a line is cut.
+        max_line: Characters after which a line is cut.
     """
 
     kind = "bpe"
 
-    def __init__(self, vocabulary: list[str], merges: list[tuple[str, str]], longest: int = MAX_LINE_CHARACTERS):
-        self.vocabulary, self.merges, self.longest = vocabulary, merges, longest
+    def __init__(self, vocabulary: list[str], merges: list[tuple[str, str]], max_line: int = MAX_LINE_CHARACTERS):
+        self.vocabulary, self.merges, self.max_line = vocabulary, merges, max_line
         self.alphabet = {token for token in vocabulary if len(token) == 1}
         ids = {token: i for i, token in enumerate(vocabulary)}
         self.library = tokenizers.Tokenizer(models.BPE(ids, merges))
-        self.library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(line_pattern(longest)), "isolated")
+        self.library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(line_pattern(max_line)), "isolated")
 
     @classmethod
-    def train(cls, alphabet: str, texts: Iterable[str], vocab_size: int, min_pair_freq: int) -> "BPETokenizer":
+    def train(cls, alphabet: str, chunks: Iterable[str], vocab_size: int, min_pair_freq: int) -> "BPETokenizer":
         """Learns merges.
 
         Args:
             alphabet: Every character of the whole text, the first tokens.
-            texts: The text to learn merges from, in pieces.
-            vocab_size: Most tokens in the vocabulary.
-            min_pair_freq: A pair seen less often is not merged.
+            chunks: The text to learn merges from.
+            vocab_size: Largest vocabulary.
+            min_pair_freq: A pair that occurs less often is not merged.
 
         Raises:
-            InputError: If the alphabet alone is larger than vocab_size.
+            UserError: If the alphabet alone is larger than vocab_size.
         """
-        if vocab_size < len(alphabet):
-            raise UserError(
-                f"data.bpe_vocab_size is {vocab_size}, but the text has {len(alphabet)} distinct characters: "
-                f"give at least {len(alphabet)}"
-            )
+        if vocab_size < (least := len(alphabet)):
+            problem, remedy = f"the text has {least} distinct characters", f"use at least {least}"
+            raise UserError(problem, option="data.bpe_vocab_size", value=vocab_size, remedy=remedy)
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=min_pair_freq,
-            initial_alphabet=sorted(alphabet),
-            special_tokens=[],
-            show_progress=False,
-        )
+            vocab_size=vocab_size, min_frequency=min_pair_freq, initial_alphabet=sorted(alphabet),
+            special_tokens=[], show_progress=False,
+        )  # fmt: skip
         untrained = cls(sorted(alphabet), [])
-        untrained.library.train_from_iterator(iter_lines(texts, untrained.longest), trainer)
-        learned = json.loads(untrained.library.to_str())["model"]
-        vocabulary = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
-        return cls(vocabulary, [(left, right) for left, right in learned["merges"]])
+        untrained.library.train_from_iterator(iter_lines(chunks, untrained.max_line), trainer)
+        trained = json.loads(untrained.library.to_str())["model"]
+        return cls(sorted(trained["vocab"], key=trained["vocab"].get), [(a, b) for a, b in trained["merges"]])
 
-    def encode_chunks(self, texts: Iterable[str]) -> Iterator[NDArray[np.integer]]:
-        for batch in iter_lines(texts, self.longest):
-            self.check_known(set("".join(batch)) - self.alphabet)  # the library would leave them out
-            encoded = self.library.encode_batch_fast(batch, add_special_tokens=False)
+    def encode_chunks(self, chunks: Iterable[str]) -> Iterator[NDArray[np.integer]]:
+        for lines in iter_lines(chunks, self.max_line):
+            self._check_known(set("".join(lines)) - self.alphabet)  # the library would leave them out
+            encoded = self.library.encode_batch_fast(lines, add_special_tokens=False)
             yield np.fromiter(chain.from_iterable(line.ids for line in encoded), self.dtype)
 
     def dump(self) -> str:
-        definition = {"vocabulary": self.vocabulary, "merges": self.merges, "longest": self.longest}
+        definition = {"vocabulary": self.vocabulary, "merges": self.merges, "longest": self.max_line}
         return json.dumps({"kind": self.kind} | definition, sort_keys=True)
 
 
-def line_pattern(longest: int) -> str:
-    """A regular expression for a line with its newline, or as much of a longer one."""
-    return rf"[^\n]{{0,{longest - 1}}}\n|[^\n]{{1,{longest}}}"
+def line_pattern(max_line: int) -> str:
+    """A regular expression for a line with its newline, or for the next `max_line` characters of a longer line."""
+    return rf"[^\n]{{0,{max_line - 1}}}\n|[^\n]{{1,{max_line}}}"
 
 
-def iter_lines(texts: Iterable[str], longest: int) -> Iterator[list[str]]:
-    """The lines of a text that comes in pieces, each with its newline; one longer than `longest` is cut."""
-    pattern, rest = re.compile(line_pattern(longest)), ""
-    for text in texts:
-        found = pattern.findall(rest + text)
-        rest = found.pop() if found and not found[-1].endswith("\n") else ""  # it may go on
-        yield found
+def iter_lines(chunks: Iterable[str], max_line: int) -> Iterator[list[str]]:
+    """The lines of a text that is given in chunks, each with its newline; lines above `max_line` are cut."""
+    pattern, rest = re.compile(line_pattern(max_line)), ""
+    for chunk in chunks:
+        lines = pattern.findall(rest + chunk)
+        rest = lines.pop() if lines and not lines[-1].endswith("\n") else ""  # the next chunk may continue it
+        yield lines
     yield [rest]
 
 
 @lru_cache(maxsize=2)
-def load_tokenizer(dumped: str, sha256: str | None = None) -> Tokenizer:
+def load_tokenizer(definition: str, sha256: str | None = None) -> Tokenizer:
     """The tokenizer that `dump` wrote.
 
     Raises:
-        InputError: If it is not the one of that hash.
+        UserError: If the hash differs.
     """
-    if sha256 is not None and hashlib.sha256(dumped.encode()).hexdigest() != sha256:
-        raise UserError("the checkpoint's tokenizer differs from its hash: the file is damaged, give another")
-    saved = json.loads(dumped)
-    if saved["kind"] == CharTokenizer.kind:
-        return CharTokenizer(saved["alphabet"])
-    assert saved["kind"] == BPETokenizer.kind, saved["kind"]
-    return BPETokenizer(saved["vocabulary"], [(left, right) for left, right in saved["merges"]], saved["longest"])
+    if sha256 is not None and hashlib.sha256(definition.encode()).hexdigest() != sha256:
+        raise UserError("the checkpoint's tokenizer differs from its hash, so the file is damaged")
+    fields = json.loads(definition)
+    if fields["kind"] == CharTokenizer.kind:
+        return CharTokenizer(fields["alphabet"])
+    assert fields["kind"] == BPETokenizer.kind, fields["kind"]
+    return BPETokenizer(fields["vocabulary"], [(a, b) for a, b in fields["merges"]], fields["longest"])

@@ -1,4 +1,4 @@
-"""The floors: n-gram probabilities against counting by hand, sums to one, and the command's table."""
+"""Baselines: n-gram probabilities against counting by hand, sums to one, and the command's table."""
 
 import math
 from collections import Counter
@@ -10,7 +10,7 @@ from minigpt_pl.data.baselines import NGRAM_ORDERS, compute_baselines, ngram_nat
 
 
 def witten_bell(train: list[int], context: tuple[int, ...], token: int, vocab_size: int) -> float:
-    """The same probability, one context after the other, from dictionaries."""
+    """The same probability, from dictionaries, one context after the other."""
     probability = 1 / vocab_size
     for length in range(len(context) + 1):
         tail = context[len(context) - length :]
@@ -26,8 +26,7 @@ def witten_bell(train: list[int], context: tuple[int, ...], token: int, vocab_si
 def test_ngrams_equal_counting_by_hand():
     rng = np.random.default_rng(3)
     train, scored = rng.integers(4, size=60), rng.integers(4, size=25)
-    found = ngram_nats(train, scored, 4)
-    for order, nats in zip(NGRAM_ORDERS, found, strict=True):
+    for order, nats in zip(NGRAM_ORDERS, ngram_nats(train, scored, 4), strict=True):
         expected = [
             -math.log(witten_bell(train.tolist(), tuple(scored[max(0, i - order + 1) : i].tolist()), scored[i], 4))
             for i in range(1, len(scored))
@@ -42,19 +41,19 @@ def test_probabilities_sum_to_one():
 
 
 def test_a_text_that_repeats_itself_is_cheap(text_file):
-    found = compute_baselines(str(text_file))
-    assert found["6-gram"]["nats_per_char"] < 0.5 < 2 < found["unigram"]["nats_per_char"]
-    assert found["unigram"]["bits_per_byte"] == pytest.approx(found["unigram"]["nats_per_char"] / math.log(2))
+    result = compute_baselines(str(text_file))
+    assert result["6-gram"]["nats_per_char"] < 0.5 < 2 < result["unigram"]["nats_per_char"]
+    assert result["unigram"]["bits_per_byte"] == pytest.approx(result["unigram"]["nats_per_char"] / math.log(2))
 
 
 def test_bytes_of_another_script(tmp_path):
     path = tmp_path / "greek.txt"
     path.write_text("αβγδ αγβδ\n" * 200, "utf-8")
-    found = compute_baselines(str(path))
+    result = compute_baselines(str(path))
     letters, all_characters = 8, 10
     bytes_per_char = (2 * letters + 2) / all_characters
-    nats, bits = found["bigram"]["nats_per_char"], found["bigram"]["bits_per_byte"]
-    assert bits == pytest.approx(nats / math.log(2) / bytes_per_char, rel=5e-3)  # the part ends where it ends
+    nats, bits = result["bigram"]["nats_per_char"], result["bigram"]["bits_per_byte"]
+    assert bits == pytest.approx(nats / math.log(2) / bytes_per_char, rel=5e-3)  # the split ends somewhere in a line
 
 
 def test_xz_knows_what_came_before():
@@ -70,8 +69,9 @@ def test_the_command(minigpt, text_file):
     assert float(rows[2][1]) == pytest.approx(compute_baselines(str(text_file))["bigram"]["nats_per_char"], abs=1e-4)
 
 
-def test_a_missing_text_is_one_line(minigpt, tmp_path):
-    outcome = minigpt("baselines", "--data.path", tmp_path / "none.txt")
-    assert outcome.status == 2
-    assert outcome.err.startswith("error: ")
-    assert outcome.err.count("\n") == 1
+def test_a_mistake_is_one_line(minigpt, text_file, tmp_path):
+    for args in (("--data.path", tmp_path / "none.txt"), ("--data.path", text_file, "--data.train_frac", 1)):
+        outcome = minigpt("baselines", *args)
+        assert (outcome.status, outcome.out) == (2, "")
+        assert outcome.err.startswith("error: ")
+        assert outcome.err.count("\n") == 1

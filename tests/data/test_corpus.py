@@ -1,7 +1,4 @@
-"""Reading a text file: what its bytes become in pieces of any size, and what is said of a file that will not do.
-
-The bar, the memory of files already read, and the cut into parts are here too; what follows is in test_data.
-"""
+"""Reading a text file: what its bytes become in chunks of any size, splits, the cache of statistics, and bad files."""
 
 import codecs
 import hashlib
@@ -14,14 +11,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from minigpt_pl.data import corpus as text_room
+from minigpt_pl.data import corpus
 from minigpt_pl.data.corpus import iter_chunks, iter_split_chunks, read_stats
 from minigpt_pl.runtime.errors import UserError
 
 MIXED = st.text(st.sampled_from("ab \n\r\x00é\u0301\ufeff漢🌊\u2028"), min_size=1, max_size=30)
-"""Short texts in which line ends, marks and characters of one to four bytes meet often."""
+"""Short texts with many line ends, byte order marks and characters of one to four bytes."""
 
-small_pieces = st.integers(1, 9)
+small_chunks = st.integers(1, 9)
 
 
 @pytest.fixture(scope="module")
@@ -36,33 +33,33 @@ def write(folder: Path, data: bytes) -> Path:
 
 
 def converted(data: bytes) -> str:
-    """What the text should be, by Python's own means."""
+    """The expected text, from Python's own decoder."""
     return data.decode("utf-8-sig").replace("\r\n", "\n")
 
 
-@given(MIXED, st.booleans(), small_pieces)
-def test_any_utf8_becomes_the_same_text_in_pieces_of_any_size(folder: Path, text: str, bom: bool, size: int) -> None:
+@given(MIXED, st.booleans(), small_chunks)
+def test_any_utf8_becomes_the_same_text_in_chunks_of_any_size(folder: Path, text: str, bom: bool, size: int) -> None:
     data = codecs.BOM_UTF8 * bom + text.encode()
-    with patch.object(text_room, "CHUNK_BYTES", size):
+    with patch.object(corpus, "CHUNK_BYTES", size):
         assert "".join(iter_chunks(write(folder, data), "")) == converted(data)
 
 
-@given(MIXED, small_pieces)
+@given(MIXED, small_chunks)
 def test_hash_alphabet_and_sizes_are_those_of_the_converted_text(folder: Path, text: str, size: int) -> None:
     data = text.encode()
     expected = converted(data)
     assume(not expected.isspace() and expected)
-    with patch.object(text_room, "CHUNK_BYTES", size):
-        info = read_stats(write(folder, data), folder / "cache")
-    assert info.sha256 == hashlib.sha256(expected.encode()).hexdigest()
-    assert (info.characters, info.bytes) == (len(expected), len(expected.encode()))
-    assert info.alphabet == "".join(sorted(set(expected)))
+    with patch.object(corpus, "CHUNK_BYTES", size):
+        stats = read_stats(write(folder, data), folder / "cache")
+    assert stats.sha256 == hashlib.sha256(expected.encode()).hexdigest()
+    assert (stats.characters, stats.bytes) == (len(expected), len(expected.encode()))
+    assert stats.alphabet == "".join(sorted(set(expected)))
 
 
-def test_a_line_end_of_two_bytes_may_lie_across_pieces_and_a_lone_cr_stays(tmp_path: Path) -> None:
+def test_a_line_end_of_two_bytes_may_lie_in_two_chunks_and_a_lone_cr_stays(tmp_path: Path) -> None:
     path = write(tmp_path, b"\xef\xbb\xbfa\r\nb\rc\r\r\nd\r")
     for size in range(1, 15):
-        with patch.object(text_room, "CHUNK_BYTES", size):
+        with patch.object(corpus, "CHUNK_BYTES", size):
             assert "".join(iter_chunks(path, "")) == "a\nb\rc\r\nd\r"
 
 
@@ -71,56 +68,54 @@ def test_a_line_end_of_two_bytes_may_lie_across_pieces_and_a_lone_cr_stays(tmp_p
     st.sampled_from([b"\xff", b"\xe9t\xe9", b"\xed\xa0\x80", b"\xc0\x80", b"\xf0\x9f\x8c"]),
     MIXED,
     st.booleans(),
-    small_pieces,
+    small_chunks,
 )
 def test_the_first_byte_that_is_not_utf8_is_named(
     folder: Path, before: str, wrong: bytes, after: str, bom: bool, size: int
 ) -> None:
     data = codecs.BOM_UTF8 * bom + before.encode() + wrong + after.encode()
-    with pytest.raises(UnicodeDecodeError) as theirs:
+    with pytest.raises(UnicodeDecodeError) as expected:
         data.decode()
-    place = theirs.value.start
+    byte = expected.value.start
     with (
-        patch.object(text_room, "CHUNK_BYTES", size),
-        pytest.raises(UserError, match=f"byte {place} is 0x{data[place]:02x}"),
+        patch.object(corpus, "CHUNK_BYTES", size),
+        pytest.raises(UserError, match=f"byte {byte} is 0x{data[byte]:02x}"),
     ):
         list(iter_chunks(write(folder, data), ""))
 
 
-@given(MIXED, st.lists(st.integers(0, 30), min_size=2, max_size=2), small_pieces)
-def test_parts_share_no_character_and_leave_none_out(folder: Path, text: str, ends: list[int], size: int) -> None:
+@given(MIXED, st.lists(st.integers(0, 30), min_size=2, max_size=2), small_chunks)
+def test_splits_share_no_character_and_miss_none(folder: Path, text: str, ends: list[int], size: int) -> None:
     text = converted(text.encode())
     first, second = sorted(min(end, len(text)) for end in ends)
-    found = ["", "", ""]
-    with patch.object(text_room, "CHUNK_BYTES", size):
-        for part, piece in iter_split_chunks(
-            write(folder, codecs.BOM_UTF8 + text.encode()), [first, second, len(text)], ""
-        ):
-            found[part] += piece
-    assert found == [text[:first], text[first:second], text[second:]]
+    path, splits = write(folder, codecs.BOM_UTF8 + text.encode()), ["", "", ""]
+    with patch.object(corpus, "CHUNK_BYTES", size):
+        for split, chunk in iter_split_chunks(path, [first, second, len(text)], ""):
+            splits[split] += chunk
+    assert splits == [text[:first], text[first:second], text[second:]]
 
 
-# What is remembered.
+# The cache.
 
 
 @pytest.fixture
-def known(tmp_path: Path) -> tuple[Path, Path, Path]:
-    """A text that was read, the cache, and the note that remembers it."""
+def cached(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A text that was read, the cache, and its entry there."""
     path, cache = write(tmp_path, b"one two"), tmp_path / "cache"
     read_stats(path, cache)
-    (note,) = cache.iterdir()
-    return path, cache, note
+    (entry,) = cache.iterdir()
+    return path, cache, entry
 
 
-def test_an_unchanged_file_is_not_read_again(known: tuple[Path, Path, Path]) -> None:
-    path, cache, note = known
-    remembered = json.loads(note.read_text("utf-8"))
-    note.write_text(json.dumps(remembered | {"characters": 12345}), "utf-8")
-    assert read_stats(path, cache).characters == 12345, "the note was not used"
+def test_an_unchanged_file_is_not_read_again(cached: tuple[Path, Path, Path]) -> None:
+    path, cache, entry = cached
+    stats = json.loads(entry.read_text("utf-8"))
+    entry.write_text(json.dumps(stats | {"characters": 12345}), "utf-8")
+    assert read_stats(path, cache).characters == 12345, "the entry was not used"
 
 
-def test_a_file_changed_in_place_is_read_again_even_with_its_old_time(known: tuple[Path, Path, Path]) -> None:
-    path, cache, _ = known
+def test_a_file_changed_in_place_is_read_again_even_with_its_old_time(cached: tuple[Path, Path, Path]) -> None:
+    path, cache, _ = cached
     before = path.stat()
     path.write_bytes(b"two one")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -128,48 +123,49 @@ def test_a_file_changed_in_place_is_read_again_even_with_its_old_time(known: tup
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"sha256": "0"}', "\x00" * 50])
-def test_a_damaged_note_is_made_anew(known: tuple[Path, Path, Path], damage: str) -> None:
-    path, cache, note = known
-    whole = note.read_text("utf-8")
-    note.write_text(damage, "utf-8")
+def test_a_damaged_entry_is_replaced(cached: tuple[Path, Path, Path], damage: str) -> None:
+    path, cache, entry = cached
+    intact = entry.read_text("utf-8")
+    entry.write_text(damage, "utf-8")
     assert read_stats(path, cache).characters == 7
-    assert note.read_text("utf-8") == whole
+    assert entry.read_text("utf-8") == intact
 
 
-def test_a_bar_shows_the_reading_of_a_large_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_progress_bar_is_shown_for_a_large_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, b"word " * 1000)
     list(iter_chunks(path, "tokenizing"))
     assert capfd.readouterr() == ("", "")
-    with patch.object(text_room, "LARGE_FILE_BYTES", 1000):
+    with patch.object(corpus, "LARGE_FILE_BYTES", 1000):
         list(iter_chunks(path, "tokenizing"))
     out, err = capfd.readouterr()
     assert out == ""
     assert "tokenizing: 100%" in err
 
 
-# What will not do.
+# Bad files.
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
-        (b"", "is empty"),
-        (b"\xef\xbb\xbf", "is empty"),
-        (b" \n\t\r\n ", "is blank, 5 characters"),
-        ("text".encode("utf-16"), "is UTF-16, by its first two bytes: convert it to UTF-8"),
-        (codecs.BOM_UTF16_BE + "text".encode("utf-16-be"), "is UTF-16"),
+        (b"", "it is empty; name another text file"),
+        (b"\xef\xbb\xbf", "it is empty"),
+        (b" \n\t\r\n ", "it has 5 characters, all white space"),
+        ("text".encode("utf-16"), "it is UTF-16, by its first two bytes; convert it to UTF-8"),
+        (codecs.BOM_UTF16_BE + "text".encode("utf-16-be"), "it is UTF-16"),
     ],
 )
-def test_a_file_without_text_is_refused_with_its_remedy(tmp_path: Path, data: bytes, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_a_file_without_text_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refusal:
         read_stats(write(tmp_path, data), tmp_path)
+    assert (refusal.value.option, refusal.value.value) == ("data.path", tmp_path / "text.txt")
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    for path, said in [
-        (tmp_path, "is a directory"),
-        (tmp_path / "no", "does not exist"),
-        (Path("/dev/null"), "no regular file"),
+def test_a_path_that_is_not_a_file_is_refused(tmp_path: Path) -> None:
+    for path, problem in [
+        (tmp_path, "it is a directory"),
+        (tmp_path / "no", "the file does not exist"),
+        (Path("/dev/null"), "it is not a regular file"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=problem):
             read_stats(path, tmp_path)

@@ -1,13 +1,17 @@
-"""Texts of unusual kinds: each is trained on and continued, with both tokenizers, through the command line."""
+"""Unusual texts: each is tokenized with both tokenizers, and trained on and continued through the command line."""
 
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TINY, Outcome
 
 from minigpt_pl import load_checkpoint
+from minigpt_pl.data.datamodule import TextDataModule
+from minigpt_pl.data.token_cache import SPLITS
+from minigpt_pl.data.tokenizer import load_tokenizer
 
 
 def plain(data: bytes) -> str:
@@ -31,35 +35,44 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["char", "bpe"])
-@pytest.mark.parametrize("name", TEXTS)
-def test_a_text_is_learned_and_continued(minigpt: Callable[..., Outcome], tmp_path: Path, name: str, kind: str) -> None:
-    path, text = tmp_path / "text.txt", plain(TEXTS[name])
-    path.write_bytes(TEXTS[name])
-    assert len(set(text)) == {"two characters": 2, "30,000 characters": 30_000}.get(name, len(set(text)))
-    vocab_size = len(set(text)) + 30
-    options = ("--data.tokenizer", kind, "--data.bpe_vocab_size", vocab_size, "--data.path", path)
-    sizes = ("--model.n_layer", 1, "--model.n_embd", 8, "--model.block_size", 16, "--data.max_eval_tokens", 400)
-    steps = ("--trainer.max_steps", 2, "--data.eval_every", 2)
-    fitted = minigpt("fit", *TINY, *options, *sizes, *steps, "--run_dir", tmp_path / "r")
-    assert fitted.status == 0, fitted.err
-    assert "val/loss" in fitted.out
+def config(path: Path, kind: str) -> dict[str, Any]:
+    vocab_size = len(set(path.read_text("utf-8-sig"))) + 30
+    return {"path": path, "tokenizer": kind, "bpe_vocab_size": vocab_size, "max_eval_tokens": 400, "eval_every": 2}
 
-    tokenizer = load_checkpoint(tmp_path / "r" / "best.ckpt").tokenizer
-    assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+
+@pytest.fixture(params=TEXTS)
+def unusual(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
+    """A file, and the text in it."""
+    path, text = tmp_path / "text.txt", plain(TEXTS[request.param])
+    path.write_bytes(TEXTS[request.param])
+    return path, text
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_text_is_tokenized_and_restored(unusual: tuple[Path, str], kind: str) -> None:
+    path, text = unusual
+    data = TextDataModule(**config(path, kind), block_size=16, batch_size=2)
+    tokenizer = data.tokenizer
+    assert "".join(tokenizer.decode(data.tokens(split).tolist()) for split in SPLITS) == text
     assert {c for token in tokenizer.vocabulary for c in token} == set(text)
     if kind == "bpe":
-        assert len(set(text)) < len(tokenizer.vocabulary) <= vocab_size
+        assert len(set(text)) < len(tokenizer.vocabulary) <= data.config.bpe_vocab_size
+        assert load_tokenizer(tokenizer.dump()).encode(text).tolist() == tokenizer.encode(text).tolist()
 
-    prompt = text[:5]
-    sampled = minigpt(
-        "predict",
-        "--ckpt_path",
-        tmp_path / "r" / "best.ckpt",
-        f"--sample.prompt={prompt}",
-        "--sample.max_new_tokens",
-        20,
-    )
+
+def test_a_text_is_trained_on_and_continued(minigpt: Callable[..., Outcome], unusual: tuple[Path, str]) -> None:
+    path, text = unusual
+    kind = ("char", "bpe")[[plain(data) for data in TEXTS.values()].index(text) % 2]  # one is enough: both were tested
+    options = [word for name, value in config(path, kind).items() for word in (f"--data.{name}", value)]
+    sizes = ("--model.n_layer", 1, "--model.n_embd", 8, "--model.block_size", 16, "--trainer.max_steps", 2)
+    best = path.parent / "r" / "best.ckpt"
+    fitted = minigpt("fit", *TINY, *options, *sizes, "--run_dir", best.parent)
+    assert fitted.status == 0, fitted.err
+    assert "val/loss" in fitted.out
+    assert load_checkpoint(best).tokenizer.kind == kind
+
+    prompt, length = text[:5], ("--sample.max_new_tokens", 20)
+    sampled = minigpt("predict", "--ckpt_path", best, f"--sample.prompt={prompt}", *length)
     assert sampled.status == 0, sampled.err
     assert sampled.out.startswith(prompt)
     assert set(sampled.out[len(prompt) :]) <= set(text) | {"\n"}
