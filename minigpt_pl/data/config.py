@@ -1,0 +1,66 @@
+"""The options of the text, its tokenizer and its batches: names, ranges and defaults, each in one place.
+
+The command line reads its `--data` options from here.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from minigpt_pl.runtime.errors import UserError
+from minigpt_pl.runtime.ranges import Fraction, NonNegativeInt, OpenUnitInterval, PositiveInt, range_errors
+
+SamplingMode = Literal["random", "epoch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Options of a TextDataModule.
+
+    Args:
+        path: The text file, in UTF-8; a relative path is looked up in the working directory, then in the shipped files.
+        block_size: Tokens in a window.
+        batch_size: Windows in a micro-batch, over all devices.
+        eval_every: Optimizer steps between evaluations.
+        seed: Seed of the windows.
+        train_frac: Share of the characters, from the start, to train on.
+        test_frac: Share of the characters, from the end, that only `test` reads.
+        tokenizer: char for characters, bpe for byte-pair encoding within lines.
+        bpe_vocab_size: Largest vocabulary of the bpe tokenizer.
+        bpe_min_pair_freq: The bpe tokenizer merges no pair that occurs less often.
+        eval_mode: full scores every token of a split once; sampled estimates the loss from random windows.
+        eval_iters: Batches in an evaluation with eval_mode sampled.
+        max_eval_tokens: Most tokens in an evaluation with eval_mode full; of a larger split it reads a part.
+        sampling: random draws training windows from anywhere, with replacement; epoch shuffles adjacent windows.
+        token_noise: Share of the training inputs that are replaced by random tokens, against memorising the text.
+        num_workers: Processes that prepare batches, beside the training process.
+        allow_data_change: Resume even if the text is not the one that the checkpoint was trained on.
+
+    Raises:
+        UserError: If a value is out of its range.
+    """
+
+    path: str
+    block_size: PositiveInt
+    batch_size: PositiveInt
+    eval_every: PositiveInt
+    seed: int = 0
+    train_frac: OpenUnitInterval = 0.9
+    test_frac: Fraction = 0.0
+    tokenizer: Literal["char", "bpe"] = "char"
+    bpe_vocab_size: PositiveInt = 512
+    bpe_min_pair_freq: PositiveInt = 2
+    eval_mode: Literal["full", "sampled"] = "full"
+    eval_iters: PositiveInt = 100
+    max_eval_tokens: PositiveInt = 2_000_000
+    sampling: SamplingMode = "random"
+    token_noise: Fraction = 0.0
+    num_workers: NonNegativeInt = 0
+    allow_data_change: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, problem in range_errors(self):
+            raise UserError(problem, option=f"data.{name}", value=value)
+        if self.train_frac + self.test_frac >= 1:
+            problem = f"with data.test_frac {self.test_frac}, nothing is left to validate on"
+            remedy = "use a smaller share for either"
+            raise UserError(problem, option="data.train_frac", value=self.train_frac, remedy=remedy)
