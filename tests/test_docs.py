@@ -112,19 +112,20 @@ def test_export_and_baselines_run(minigpt: Callable[..., Outcome], trained: Path
         assert result.status == 0, f"{command}: {result.err}"
 
 
-def test_studies_on_the_pages_can_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minigpt_pl.experiments.runner import parser_of
+def test_study_commands_name_studies_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example on the page is planned too, which resolves the options of its runs."""
+    from minigpt_pl.experiments.runner import build_parser
     from minigpt_pl.experiments.spec import STUDY_FILE, find_study, plan, read_study
 
     monkeypatch.chdir(tmp_path)
     page = (PROJECT / "docs" / "study.md").read_text("utf-8")
     (example,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     Path("wide.yaml").write_text(example, "utf-8")
+    assert plan(read_study(Path("wide.yaml")), Path("out"), Path("runs"), seeds=1, only=[])
     for command, *args in filter(None, (minigpt_args(line) for _, line in COMMANDS)):
         if command == "study":
-            options = parser_of("study").parse_args(args)
-            study = read_study(find_study(options.file))
-            assert plan(study, Path("out"), Path("runs"), options.seeds, options.only)
+            options = build_parser("study").parse_args(args)
+            assert set(options.only) <= read_study(find_study(options.file)).variants.keys()
         elif command == "report":
             assert (PROJECT / args[0] / STUDY_FILE).is_file(), args
 
@@ -136,14 +137,12 @@ def test_the_sweep_calls_our_command_line(
     import wandb
 
     from minigpt_pl.checkpoint.io import read_checkpoint
-    from minigpt_pl.training.summary import RunSummary
 
     sweep = yaml.safe_load((PROJECT / "docs" / "wandb-sweep.yaml").read_text("utf-8"))
     parameters = [f"--{name}={parameter['values'][0]}" for name, parameter in sweep["parameters"].items()]
     macros = {"${env}": [], "${interpreter}": ["python"], "${args}": parameters}
     program, file, *args = [arg for item in sweep["command"] for arg in macros.get(item, [item])]
     assert (program, file) == ("python", "main.py")
-    assert sweep["metric"]["name"] in RunSummary({}, None, None).best
     assert minigpt(*args, "--model.lrr=1").status == 2
 
     wandb.setup()  # before it sees the sweep's variables, which would stay for later tests
@@ -152,6 +151,7 @@ def test_the_sweep_calls_our_command_line(
     small = ("-c", "smoke", "--data.path", trained / "my.txt", "--samples", "null", "--wandb.offline=true")
     result = minigpt(*args, *small, "--trainer.max_steps=4", "--run_dir", tmp_path / "run")
     assert result.status == 0, result.err
+    assert sweep["metric"]["name"] in json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
     assert list(tmp_path.glob("run/wandb/offline-run-*-chosen"))
     assert read_checkpoint(tmp_path / "run" / "last.ckpt")["wandb_id"] == "chosen"
 
