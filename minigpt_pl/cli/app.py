@@ -1,8 +1,8 @@
-"""The command line of fit, validate, test and predict: how defaults, a checkpoint, files and flags become one run.
+"""The command line of fit, validate, test and predict: how defaults, a checkpoint, files and options become one run.
 
-What wins, from weak to strong: the code, configs/default.yaml, the checkpoint, then files and flags in their order.
-Commands and exit statuses are in `__main__`; what is known of a setting in `settings`, how a mistake in one is said in
-`mistakes`, what --help shows in `helptext`; how a run trains in `training`.
+Priority, from low to high: the code, configs/default.yaml, the checkpoint, then files and options in their order.
+Commands and exit statuses are in `__main__`, the options in `options`, their mistakes in `errors`, --help in `help`;
+how a run trains is in `training`.
 """
 
 import argparse
@@ -17,64 +17,53 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from minigpt_pl.checkpoint.io import BEST_CKPT, AtomicCheckpointIO, find_checkpoint, read_checkpoint
-from minigpt_pl.checkpoint.run_dir import resolve_run_dir
+from minigpt_pl.checkpoint.io import BEST_CKPT, AtomicCheckpointIO, read_checkpoint
+from minigpt_pl.checkpoint.run_dir import find_checkpoint, resolve_run_dir
 from minigpt_pl.checkpoint.validation import validate_config, validate_sizes
-from minigpt_pl.cli import errors, help
-from minigpt_pl.cli.options import (
-    CONFIGS,
-    FIT_ONLY,
-    PATH_OPTIONS,
-    RESERVED,
-    CheckpointConfig,
-    PredictConfig,
-    config_diff,
-    option_name,
-    resolve_config_names,
-    user_options,
-)
+from minigpt_pl.cli import errors, help, options
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.generation.generate import SamplingConfig
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
+from minigpt_pl.runtime.ranges import Seed
+from minigpt_pl.training import sampling
+from minigpt_pl.training.checkpointing import CheckpointConfig
 from minigpt_pl.training.fit import FitRunner
 from minigpt_pl.training.lit_modules import MODELS, LanguageModel
 from minigpt_pl.training.loggers import WandbConfig
-from minigpt_pl.training.sampling import PredictionWriter, SampleCallback, generate_sample, read_prompts
 from minigpt_pl.training.stopping import ValLossEarlyStopping
 from minigpt_pl.training.summary import format_summary, resume_command
 
-IMMUTABLE_DATA = {  # settings of the data under which a checkpoint's figures would mean something else
-    "fit": {"tokenizer", "bpe_vocab_size", "bpe_min_pair_freq", "train_frac", "test_frac"},
-    "validate": {"tokenizer", "bpe_vocab_size", "bpe_min_pair_freq", "train_frac"},
-}
-CONFIG_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)  # while building
+IMMUTABLE_DATA = ("data.tokenizer", "data.bpe_vocab_size", "data.bpe_min_pair_freq", "data.train_frac")
+"""Fixed by a checkpoint: with other values its metrics would mean something else."""
+CONFIG_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)  # of constructors
 
 
-def run(command: str, options: list[str]) -> int:
+def run(command: str, args: list[str]) -> int:
     """Runs fit, validate, test or predict; returns the exit status."""
     help.silence_libraries()
-    if help.is_help_request(options):
-        print(help.render_help(command, options))
+    if help.is_help_request(args):
+        print(help.render_help(command, args))
         return 0
     try:
-        return MiniGPTCLI(command, options).status
+        return MiniGPTCLI(command, args).status
     finally:
         signals.defer(False)
         signals.exit_hooks.clear()
 
 
 class MiniGPTCLI(LightningCLI):
-    """LightningCLI with this project's order of settings, its run directory and its checkpoints."""
+    """LightningCLI with this project's priority of options, its run directory and its checkpoints.
 
-    def __init__(self, command: str, options: list[str]):
+    Attributes:
+        resolved: The whole configuration in plain values, without run_dir and ckpt_path.
+        status: The exit status.
+    """
+
+    def __init__(self, command: str, args: list[str]):
         self.command, self.fits, self.status = command, command == "fit", 0
-        self.words = resolve_config_names(options)
-        self.given = user_options(self.words)
-        self.ckpt_path: Path | None = None
-        self.saved: dict[str, Any] = {}
-        self.resuming = False
-        self.notes: list[str] = []
+        self.args = options.resolve_config_names(args)
+        self.user_options = options.user_options(self.args)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module="jsonargparse")
@@ -87,37 +76,36 @@ class MiniGPTCLI(LightningCLI):
                     auto_configure_optimizers=False,
                     load_from_checkpoint_support=False,
                     parser_kwargs={
-                        "exit_on_error": False,  # errors are raised, and main() says them
+                        "exit_on_error": False,  # errors are raised, and main() prints them
                         "allow_abbrev": False,
-                        command: {"default_config_files": [CONFIGS / "default.yaml"] if self.fits else []},
+                        command: {"default_config_files": [options.CONFIGS / "default.yaml"] if self.fits else []},
                     },
                 )
         except UserError as error:
-            raise UserError(errors.as_typed(str(error), self.given, command)) from error
+            raise errors.name_as_typed(error, self.user_options) from error
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
-                lower = "--data.batch_size, --model.block_size or --model.n_embd"
-                raise UserError(f"there is not enough memory: lower {lower}") from error
+                remedy = "lower --data.batch_size, --model.block_size or --model.n_embd"
+                raise UserError("there is not enough memory", remedy=remedy) from error
             raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # one parser, not four
-        known = super().subcommands()[self.command]
-        return {self.command: known | {"verbose", "return_predictions", "weights_only"}}
+        skipped = super().subcommands()[self.command]
+        return {self.command: skipped | {"verbose", "return_predictions", "weights_only"}}
 
-    # What may be said.
+    # Which options there are.
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        seed = None if self.fits else 0  # default.yaml has it; the other commands draw nothing but samples
-        parser.add_argument("--seed_everything", type=int, default=seed)
+        seed = None if self.fits else 0  # default.yaml has it; in the other commands only sampling is random
+        parser.add_argument("--seed_everything", type=Seed, default=seed)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="")
         # With a default class, None is no part of the type, and errors are short.
         parser.add_subclass_arguments(LanguageModel, "model", default={"class_path": "ModernLM"}, fail_untyped=False)
         parser.add_lightning_class_args(TextDataModule, "data")
-        parser.add_class_arguments(
-            Trainer, "trainer", instantiate=False, skip=RESERVED.keys() | (set() if self.fits else FIT_ONLY)
-        )
+        skipped = options.RESERVED.keys() | (set() if self.fits else options.FIT_ONLY)
+        parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=skipped)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data", "model.init_args.vocab_size", self.vocab_size, apply_on="instantiate")
@@ -126,149 +114,141 @@ class MiniGPTCLI(LightningCLI):
         if self.fits:
             parser.add_class_arguments(CheckpointConfig, "checkpoint")
             parser.add_argument("--early_stopping", type=ValLossEarlyStopping | None)
-            parser.add_argument("--samples", type=SampleCallback | None, default=None)
+            parser.add_argument("--samples", type=sampling.SampleCallback | None, default=None)
             parser.add_argument("--wandb", type=WandbConfig | None, default=WandbConfig())
         if self.command == "predict":
-            parser.add_class_arguments(PredictConfig, "sample")
+            parser.add_class_arguments(sampling.PredictConfig, "sample")
 
-    # What is meant.
+    # From the command line to a configuration.
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        errors.validate_options(self.given)
-        places = {name: self.last_given(name) for name in PATH_OPTIONS}
-        settings: dict[str, Any] = {}
-        if places["ckpt_path"]:
-            self.ckpt_path = find_checkpoint(places["ckpt_path"], places["run_dir"])
-            if self.fits and places["ckpt_path"] == "best":
-                raise UserError(
-                    f"--ckpt_path best: a run goes on from last; to branch off its best, give "
-                    f"--ckpt_path {self.ckpt_path} --run_dir NEW"
-                )
-            try:
-                self.saved = read_checkpoint(self.ckpt_path)
-                settings = validate_config(self.saved["settings"], self.ckpt_path, self.words)
-                validate_sizes(self.saved, MODELS)
-            except UserError as error:
-                problem, path = str(error).removeprefix("the checkpoint "), str(self.ckpt_path)
-                colon = "" if path == places["ckpt_path"] and problem.startswith(path) else f"{places['ckpt_path']}: "
-                raise UserError(f"--ckpt_path {colon}{problem}") from error
-            if not self.fits:
-                settings = {key: settings[key] for key in ("model", "data", "seed_everything")}  # the seed: of windows
-        elif not self.fits:
-            raise UserError(f"{self.command} needs a trained model: --ckpt_path FILE, or last or best with --run_dir")
-
-        try:
-            self.config = parser.parse_args([self.command, "--config", yaml.safe_dump(settings), *self.words])
-        except argparse.ArgumentError as error:
-            model = settings.get("model", {}).get("class_path", "ModernLM").rpartition(".")[2]
-            raise UserError(errors.explain_parse_error(error, self.given, self.command, model)) from error
-        config = self.config[self.command]
-        self.settings = self.as_settings(config)
-        errors.validate_config_values(self.settings, self.given)
-        idle = errors.unused_options(self.given, self.settings, self.command)
-        if self.saved:
-            self.notes += self.changes({key: self.saved["settings"][key] for key in settings}, idle)
-        self.notes += idle.values()
+        run_dir, start = self.path_option("run_dir"), self.path_option("ckpt_path")
+        self.ckpt_path = self.find_start(start, run_dir)
+        self.checkpoint, base = self.read_start(self.ckpt_path) if self.ckpt_path else ({}, {})
+        errors.check_options(self.user_options, self.command, errors.class_name(base) if base else "ModernLM")
+        self.config, self.resolved = self.parse(parser, base)
+        errors.check_config(self.resolved)
+        unused = errors.unused_options(self.user_options, self.resolved, self.command)
+        self.notes = [*self.changes(base, unused), *unused.values()]
         if self.fits:
-            self.run_dir, self.resuming = resolve_run_dir(
-                places["run_dir"], self.ckpt_path, config.model.class_path.rpartition(".")[2]
-            )
-        config.ckpt_path = None  # else LightningCLI lets the checkpoint overrule the command line
+            model = errors.class_name(self.resolved)
+            self.run_dir, self.resuming = resolve_run_dir(run_dir, self.ckpt_path, model)
 
-    def last_given(self, name: str) -> str:
-        """--run_dir or --ckpt_path, which decide what else is read."""
-        return next((one.value for one in reversed(self.given) if one.name == name and not one.file), "")
+    def path_option(self, name: str) -> str:
+        """--run_dir or --ckpt_path, which decide what else is read; "" if not given."""
+        matching = [option for option in self.user_options if option.name == name]
+        errors.check_options(matching, self.command)
+        return next((option.value for option in reversed(matching) if not option.file), "")
 
-    def as_settings(self, config: Any) -> dict[str, Any]:
-        """The whole resolved configuration in plain values, without the places."""
-        settings = yaml.safe_load(self._parser(self.command).dump(config, skip_none=False))
-        return {key: value for key, value in settings.items() if key not in PATH_OPTIONS}
+    def find_start(self, start: str, run_dir: str) -> Path | None:
+        """The checkpoint file that --ckpt_path names."""
+        if not start and not self.fits:
+            remedy = "use --ckpt_path FILE, or --run_dir DIR --ckpt_path best (or last)"
+            raise UserError(f"{self.command} needs a checkpoint", remedy=remedy)
+        path = find_checkpoint(start, run_dir) if start else None
+        if self.fits and start == "best":
+            remedy = f"to fork it from its best step, use --ckpt_path {path} --run_dir NEW"
+            raise UserError("a run can only be resumed from last", option="ckpt_path", value=start, remedy=remedy)
+        return path
 
-    def changes(self, was: dict[str, Any], idle: Container[str]) -> Iterator[str]:
-        """What differs from the checkpoint, a line each, but for what nothing will read.
+    def read_start(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A checkpoint, and the part of its configuration that this command starts from."""
+        checkpoint = read_checkpoint(path)
+        config = validate_config(checkpoint["config"], path, self.args)
+        validate_sizes(checkpoint, MODELS)
+        # The seed decides which windows a sampled evaluation reads.
+        return checkpoint, config if self.fits else {key: config[key] for key in ("model", "data", "seed_everything")}
+
+    def parse(self, parser: LightningArgumentParser, base: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The command line on top of a checkpoint's configuration: as the parser's namespace, and in plain values."""
+        try:
+            namespace = parser.parse_args([self.command, "--config", yaml.safe_dump(base), *self.args])
+        except argparse.ArgumentError as error:
+            raise errors.explain_parse_error(error, self.user_options) from error
+        namespace[self.command].ckpt_path = None  # else LightningCLI lets the checkpoint override the command line
+        plain = yaml.safe_load(self._parser(self.command).dump(namespace[self.command], skip_none=False))
+        return namespace, {key: value for key, value in plain.items() if key not in options.PATH_OPTIONS}
+
+    def changes(self, base: dict[str, Any], unused: Container[str]) -> Iterator[str]:
+        """A line for each difference from the checkpoint, except in unused options.
 
         Raises:
-            InputError: If its weights or its text contradict a setting.
+            UserError: If an option contradicts the weights or the text of the checkpoint.
         """
-        now, model = self.settings, MODELS[self.settings["model"]["class_path"].rpartition(".")[2]]
-        built = was["model"]["class_path"].rpartition(".")[2]
-        if built != model.__name__:
-            raise UserError(f"--model {model.__name__}: {self.ckpt_path} holds a {built}; leave it out, or train anew")
-        fixed = {f"model.{name}" for name in was["model"]["init_args"] if name not in model.mutable_args}
-        fixed |= {f"data.{name}" for name in IMMUTABLE_DATA.get(self.command, IMMUTABLE_DATA["validate"])}
-        for full_name, before, after in config_diff(was, {key: now[key] for key in was if key in now}):
-            name = option_name(full_name)
-            if name in fixed:
-                raise UserError(f"{name} is {after}, but {self.ckpt_path} has {before}: leave it out, or train anew")
-            if name not in idle:
-                yield f"{name}: {before} -> {after}"
+        if not base:
+            return
+        before = {key: self.checkpoint["config"][key] for key in base}
+        after = {key: self.resolved[key] for key in base if key in self.resolved}
+        fixed = before["model"]["init_args"].keys() - MODELS[errors.class_name(after)].mutable_args
+        fixed = {"model", *(f"model.{name}" for name in fixed), *IMMUTABLE_DATA}
+        fixed |= {"data.test_frac"} if self.fits else set()
+        for full_name, old, new in options.config_diff(before, after):
+            if (name := options.option_name(full_name)) in fixed:
+                problem = f"{self.ckpt_path} was trained with {str(old).removeprefix('minigpt_pl.')}"
+                raise UserError(problem, option=name, value=new, remedy="leave it out, or train a new model")
+            if name not in unused:
+                yield f"{name}: {old} -> {new}"
+
+    # From a configuration to objects. Nothing is written before all of them are built.
 
     def vocab_size(self, data: TextDataModule) -> int:
-        if self.saved:
-            data.load_state_dict({**self.saved["TextDataModule"], "step": self.saved["global_step"]})
-            remembered = self.saved["TextDataModule"]["text_path"]
-            if not any(one.name == "data.path" for one in self.given) and Path(remembered).is_file():
-                data.path = remembered  # a relative path meant another directory
+        if self.checkpoint:
+            state = self.checkpoint["TextDataModule"]
+            data.load_state_dict({**state, "step": self.checkpoint["global_step"]})
+            if (
+                not any(option.name == "data.path" for option in self.user_options)
+                and Path(state["text_path"]).is_file()
+            ):
+                data.path = state["text_path"]  # the run's relative path was relative to another directory
         if self.fits:
-            errors.validate_memory(self.settings, data.vocab_size)
+            errors.check_memory(self.resolved, data.vocab_size)
         return data.vocab_size
-
-    # What is built. Nothing is written before all of it is.
 
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
             self.prepare()
         except CONFIG_ERRORS as error:
-            raise UserError(errors.translate_error(error, self.given)) from error
+            raise errors.as_user_error(error, self.user_options) from error
         for note in self.notes:
             rank_zero_print(note)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         init = self.config_init[self.command]
-        kwargs |= {"logger": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
-        kwargs |= {"enable_model_summary": False}
+        kwargs |= dict.fromkeys(("logger", "use_distributed_sampler", "enable_model_summary"), False)
+        kwargs["num_sanity_val_steps"] = 0
         callbacks, self.io = list(init.trainer.callbacks or []), AtomicCheckpointIO()
         if self.fits:
-            self.training = FitRunner(self.run_dir, self.resuming, self.ckpt_path, self.saved, self.settings, init)
+            self.training = FitRunner(self.run_dir, self.resuming, self.ckpt_path, self.checkpoint, self.resolved, init)
             callbacks += self.training.callbacks()
-            kwargs |= self.training.trainer_settings()
+            kwargs |= self.training.trainer_options()
         else:
             kwargs |= {"enable_checkpointing": False, "enable_progress_bar": False}
         if self.command == "predict":
-            callbacks += [PredictionWriter()]
-            kwargs |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # each would write the same text
+            callbacks += [sampling.PredictionWriter()]
+            kwargs |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # each device would write the same text
         kwargs["plugins"] = [*(init.trainer.plugins or []), self.io]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def prepare(self) -> None:
         init = self.config_init[self.command]
         if self.command != "predict":
-            self.datamodule.read()  # a text that cannot be used is told before anything is said of it
+            self.datamodule.read()  # an unusable text is reported before anything else is printed
         if self.fits:
-            init.ckpt_path = str(self.ckpt_path) if self.saved else None
+            init.ckpt_path = str(self.ckpt_path) if self.checkpoint else None
             return
-        self.model.load_state_dict(self.saved["state_dict"])
-        if self.command == "test" and self.datamodule.test_frac == 0:
-            raise UserError("data.test_frac is 0: there is no test part; give the share of the text to test on")
+        self.model.load_state_dict(self.checkpoint["state_dict"])
+        if self.command == "test" and self.datamodule.config.test_frac == 0:
+            remedy = "set the share of the text to test on"
+            raise UserError("the text has no test split", option="data.test_frac", value=0, remedy=remedy)
         if self.command == "predict":
-            self.model.sampling = init.sample
-            self.datamodule.prompts = read_prompts(init.sample.prompt, init.sample.prompt_file)
-            self.validate_prompts(init.sample.prompt_file)
+            data, self.model.sampling = self.datamodule, init.sample
+            data.prompts = sampling.encode_prompts(init.sample, data.tokenizer)
+            for number, length in enumerate(map(len, data.prompts), 1):
+                if length > (limit := data.config.block_size):
+                    self.notes.append(f"prompt {number} has {length} tokens: the model reads the last {limit}")
 
-    def validate_prompts(self, file: str) -> None:
-        """Refuses characters that the model never saw; says what it will not read."""
-        longest = self.datamodule.block_size
-        for number, prompt in enumerate(self.datamodule.prompts, 1):
-            try:
-                length = len(self.datamodule.tokenizer.encode_prompt(prompt))
-            except UserError as error:
-                where = f"_file {file} line {number}" if file else f" {prompt}"
-                raise UserError(f"sample.prompt{where}: {error}") from None
-            if length > longest:
-                self.notes.append(f"prompt {number} has {length} tokens: the model reads its last {longest}")
-
-    # What is done.
+    # The commands.
 
     def fit(self, model: LanguageModel, **kwargs: Any) -> None:
         self.training.run(self.trainer, model, self.datamodule, self.io)
@@ -280,25 +260,26 @@ class MiniGPTCLI(LightningCLI):
             return
         self.status = {"interrupted": 130, "terminated": 143}.get(self.training.stops.reason or "", 0)
         if self.training.summary.written is None:
-            print(f"nothing is left to train: {self.run_dir} has done trainer.max_steps {self.trainer.max_steps}")
-            print(f"continue with: {resume_command('completed', self.run_dir)}")
+            done = f"trainer.max_steps {self.trainer.max_steps}"
+            print(f"{self.run_dir} has already reached {done}: nothing is left to train")
+            print(f"train longer with: {resume_command('completed', self.run_dir)}")
             return
         print(f"\n{format_summary(self.training.summary.written, self.run_dir)}")
         best = self.run_dir / BEST_CKPT
         if self.status == 0 and best.exists():
             self.model.load_state_dict(read_checkpoint(best)["state_dict"])
-            text = generate_sample(self.trainer, self.model, "\n", SamplingConfig(max_new_tokens=300))
-            print(f"\nwhat best.ckpt writes:\n{text}")
+            text = sampling.generate_sample(self.trainer, self.model, "\n", SamplingConfig(max_new_tokens=300))
+            print(f"\nA sample from best.ckpt:\n{text}")
 
     def validate(self, model: LanguageModel, **kwargs: Any) -> None:
-        self.score("val", self.trainer.validate)
+        self.evaluate("val", self.trainer.validate)
 
     def test(self, model: LanguageModel, **kwargs: Any) -> None:
-        self.score("test", self.trainer.test)
+        self.evaluate("test", self.trainer.test)
 
-    def score(self, part: str, method: Any) -> None:
-        if said := self.datamodule.subsampling_note(part):
-            rank_zero_print(said)
+    def evaluate(self, split: str, method: Any) -> None:
+        if note := self.datamodule.subsampling_note(split):
+            rank_zero_print(note)
         method(self.model, datamodule=self.datamodule, verbose=False)
         if self.trainer.is_global_zero:
             for name, value in self.model.eval_metrics.items():

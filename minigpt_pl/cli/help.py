@@ -1,6 +1,6 @@
-"""What --help shows of a command: its settings in groups, our own first, with units and defaults; what is kept quiet.
+"""What --help shows of a command: its options in groups, the project's own first, with units and defaults.
 
-What is known of a setting is in `settings`.
+The options themselves are in `options`.
 """
 
 import logging
@@ -18,81 +18,74 @@ from minigpt_pl.cli.options import CONFIGS, TRAINER_HELP, OptionSpec, flatten, o
 WIDTH, COLUMN = 110, 38
 TITLES = {
     "": "The run",
-    "model": "The model",
-    "data": "The text, its batches and checks",
-    "sample": "What is continued, and how",
-    "early_stopping": "When to stop; --early_stopping null is never",
+    "model": "The model and its optimizer",
+    "data": "The text, batches and evaluation",
+    "sample": "Prompts and sampling",
+    "early_stopping": "Early stopping; --early_stopping null disables it",
     "checkpoint": "When last.ckpt is saved",
-    "samples": "Text in samples.txt; --samples null is none",
-    "wandb": "Weights & Biases; --wandb null is off",
-    "trainer": "Lightning's Trainer; --trainer.help lists all that may be set",
+    "samples": "Samples of text in samples.txt; --samples null disables them",
+    "wandb": "Weights & Biases; --wandb null disables it",
+    "trainer": "Lightning's Trainer; --trainer.help lists all of its options",
 }
 HIDDEN = {"validate": ("model", "seed"), "test": ("model", "seed"), "predict": ("model", "seed", "data")}
-"""What may be given to a command but is seldom meant to be: the checkpoint has it."""
+"""Options that a command takes but its help does not list: they come from the checkpoint."""
 METAVARS = {"config": "FILE", "run_dir": "DIR", "ckpt_path": "FILE", "model": "CLASS", "print_config": ""}
 
 
-def is_help_request(words: list[str]) -> bool:
-    return any(re.fullmatch(r"-h|--(\w+\.)?help(=.*)?", word) for word in words)
+def is_help_request(args: list[str]) -> bool:
+    return any(re.fullmatch(r"-h|--(\w+\.)?help(=.*)?", arg) for arg in args)
 
 
-def render_help(command: str, words: list[str]) -> str:
-    """The help that the words ask for: of the command, of one group (--trainer.help), of one model's settings."""
-    group = next(word for word in words if is_help_request([word])).partition("=")[0].lstrip("-").rpartition(".")[0]
-    models = [
-        name
-        for name in ("ClassicLM", "AblationLM", "ModernLM")
-        if group == "model" and any(name in word for word in words)
-    ]
+def render_help(command: str, args: list[str]) -> str:
+    """The help on a command, on a group of its options (--trainer.help), or on a model (--model.help ClassicLM)."""
+    group = next(arg for arg in args if is_help_request([arg])).partition("=")[0].lstrip("-").rpartition(".")[0]
+    named = [name for name in ("ClassicLM", "AblationLM", "ModernLM") if any(name in arg for arg in args)]
 
-    def is_shown(name: str, setting: OptionSpec) -> bool:
+    def is_shown(name: str, spec: OptionSpec) -> bool:
         if group:
-            return name.startswith(f"{group}.") and setting.only in ("", *(models or [setting.only]))
-        rare = (
-            name.startswith("trainer.")
-            and name.removeprefix("trainer.") not in TRAINER_HELP
-            or setting.only == "AblationLM"
-        )
-        return not rare and not name.startswith(HIDDEN.get(command, ()))
+            models = named if group == "model" and named else [spec.only]
+            return name.startswith(f"{group}.") and spec.only in ("", *models)
+        rare = name.startswith("trainer.") and name.removeprefix("trainer.") not in TRAINER_HELP
+        return not (rare or spec.only == "AblationLM" or name.startswith(HIDDEN.get(command, ())))
 
-    shown = {name: setting for name, setting in option_specs(command).items() if is_shown(name, setting)}
-    defaults = {name: setting.default for name, setting in shown.items()}
+    shown = {name: spec for name, spec in option_specs(command).items() if is_shown(name, spec)}
+    defaults = {name: spec.default for name, spec in shown.items()}
     lines = [f"usage: minigpt {command} [options]"]
     if command == "fit":
         values = flatten(yaml.safe_load((CONFIGS / "default.yaml").read_text("utf-8")))
         defaults |= {option_name(name): value for name, value in values if name != "model.class_path"}
-        lines.append("Defaults stand in brackets. Files and options count in their order: the last one wins.")
-    for of, names in groupby(shown, key=lambda name: name.partition(".")[0] if "." in name else ""):
-        lines += ["", f"{TITLES[of]}:"]
+        lines.append("Defaults are in brackets. Files and options apply in their order: the last one wins.")
+    for title, names in groupby(shown, key=lambda name: name.partition(".")[0] if "." in name else ""):
+        lines += ["", f"{TITLES[title]}:"]
         for name in names:
             lines += format_option(name, shown[name], defaults[name])
     return "\n".join(lines)
 
 
-def format_option(name: str, setting: OptionSpec, default: Any) -> list[str]:
-    """One setting in a line or two."""
-    text = f"{setting.only}: {setting.help}" if setting.only else setting.help
+def format_option(name: str, spec: OptionSpec, default: Any) -> list[str]:
+    """One option in a line or two."""
+    text = f"{spec.only}: {spec.help}" if spec.only else spec.help
     if isinstance(default, (int, float, str)) and str(default).strip():
         text += f" [{str(default).lower() if isinstance(default, bool) else default}]"
-    option = f"  {'-c, ' * (name == 'config')}--{name} {METAVARS[name] if name in METAVARS else metavar(setting.type)} "
+    option = f"  {'-c, ' * (name == 'config')}--{name} {METAVARS[name] if name in METAVARS else metavar(spec.type)} "
     wrapped = textwrap.wrap(text, WIDTH - COLUMN) or [""]
-    first = (
-        [f"{option:{COLUMN}}{wrapped[0]}"] if len(option) <= COLUMN else [option.rstrip(), " " * COLUMN + wrapped[0]]
-    )
-    return first + [" " * COLUMN + line for line in wrapped[1:]]
+    fits = len(option) <= COLUMN
+    lines = [f"{option:{COLUMN}}{wrapped.pop(0)}" if fits else option.rstrip()]
+    return lines + [" " * COLUMN + line for line in wrapped]
 
 
 def metavar(hint: Any) -> str:
-    """What stands for a value of this type."""
+    """The placeholder for a value of this type."""
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
-    names = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
     members = [member for member in get_args(hint) or (hint,) if member is not NoneType]
-    return names.get(float if set(members) == {int, float} else members[0], "...")
+    bases = [getattr(member, "_type", member) for member in members]  # int or float of a restricted number type
+    names = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
+    return names.get(float if set(bases) == {int, float} else bases[0], "...")
 
 
 def silence_libraries() -> None:
-    """No advertisements, no roll call of devices, no advice that does not hold here."""
+    """Hides advertisements, lists of devices, and advice that does not apply to this project."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for advice in (

@@ -1,14 +1,14 @@
-"""Settings by name: which there are, what the user gave, what may not be given, how two sets of them differ.
+"""Options by name: which exist, which the user gave, which are reserved, and how two configurations differ.
 
-How they are parsed and what is built of them is in `cli`; what --help shows of them in `helptext`; how a mistake in one
-is said in `mistakes`.
+How they are parsed and what is built from them is in `app`; what --help shows of them in `help`; how a mistake in one
+is reported in `errors`.
 """
 
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -19,56 +19,25 @@ import yaml
 from lightning.pytorch import Trainer
 
 from minigpt_pl.data.datamodule import TextDataModule
-from minigpt_pl.generation.generate import SamplingConfig
 from minigpt_pl.runtime.errors import UserError
+from minigpt_pl.runtime.ranges import PositiveFloat, PositiveInt, Seed
+from minigpt_pl.training.checkpointing import CheckpointConfig
 from minigpt_pl.training.lit_modules import AblationLM, ClassicLM, ModernLM
 from minigpt_pl.training.loggers import WandbConfig
-from minigpt_pl.training.sampling import SampleCallback
+from minigpt_pl.training.sampling import PredictConfig, SampleCallback
 from minigpt_pl.training.stopping import ValLossEarlyStopping
 
 HOME = Path(__file__).parents[1] / "shipped"
 CONFIGS = (HOME if HOME.exists() else HOME.parents[1]) / "configs"
 
 
-@dataclass
-class PredictConfig(SamplingConfig):
-    """What `predict` continues, and how.
-
-    Args:
-        prompt: What to continue; a newline unless given.
-        prompt_file: A file of prompts, one a line.
-        max_new_tokens: Tokens to add to a prompt.
-        temperature: Divides the logits; 0 always takes the likeliest token.
-        top_k: Choose among the k likeliest; 0 for all.
-        top_p: Choose among the likeliest that together reach this probability; 1 for all.
-        seed: Of the choices; with the prompt and the sample's number it decides the text.
-        num_samples: Continuations of each prompt.
-    """
-
-    prompt: str = ""
-    prompt_file: str = ""
-
-
-@dataclass
-class CheckpointConfig:
-    """When last.ckpt is saved, beside the run's first and last step.
-
-    Args:
-        every_n_train_steps: Steps between saves.
-        every_n_minutes: Longest time between saves.
-    """
-
-    every_n_train_steps: int = 200
-    every_n_minutes: float = 5.0
-
-
-PATH_OPTIONS = ("run_dir", "ckpt_path")  # where, not what: given on the command line, stored nowhere
-LINKED = {  # settings that follow another one
-    "model.vocab_size": "it follows the tokenizer: leave it out",
-    "data.block_size": "it is the model's: set --model.block_size",
-    "data.seed": "the whole run has one: set --seed_everything",
+PATH_OPTIONS = {"run_dir": "runs/first", "ckpt_path": "last"}  # only on the command line, in no configuration; examples
+LINKED = {  # options whose value follows from another one: what to do instead
+    "model.vocab_size": ("its value follows from the tokenizer", "leave it out"),
+    "data.block_size": ("its value follows from the model", "use --model.block_size"),
+    "data.seed": ("one seed is used for the whole run", "use --seed_everything"),
 }
-RESERVED = {  # what the Trainer would let one set but this project decides, to count in one way: what to use instead
+RESERVED = {  # Trainer options that this project sets itself, to count steps in one way: what to use instead
     "logger": "--wandb",
     "default_root_dir": "--run_dir",
     "enable_checkpointing": "--checkpoint.every_n_train_steps",
@@ -82,24 +51,31 @@ RESERVED = {  # what the Trainer would let one set but this project decides, to 
     "reload_dataloaders_every_n_epochs": "", "use_distributed_sampler": "", "barebones": "", "model_registry": "",
     "inference_mode": "", "sync_batchnorm": "", "enable_model_summary": "",
 }  # fmt: skip
-TRAINER_HELP = {  # the settings of the Trainer that --help shows, in our words; --trainer.help shows the others in Lightning's
-    "max_steps": "Optimizer steps in all, those before a resume included.",
-    "max_time": "Longest time to train, DD:HH:MM:SS.",
-    "gradient_clip_val": "The largest norm of the gradient; null is no limit.",
-    "accumulate_grad_batches": "Micro-batches in an optimizer step.",
-    "log_every_n_steps": "Steps between logged training figures.",
+TRAINER_HELP = {  # the Trainer options that --help lists; --trainer.help lists the others, in Lightning's words
+    "max_steps": "Optimizer steps in total, including those before a resume.",
+    "max_time": "Longest training time, as DD:HH:MM:SS.",
+    "gradient_clip_val": "Largest norm of the gradient; null for no clipping.",
+    "accumulate_grad_batches": "Micro-batches in one optimizer step.",
+    "log_every_n_steps": "Steps between two logged training metrics.",
     "accelerator": "cpu, mps, cuda, or auto.",
-    "devices": "How many of them.",
+    "devices": "Number of devices.",
     "strategy": "ddp for several devices.",
     "precision": "32-true or bf16-mixed, among others.",
     "callbacks": "More callbacks, by class.",
 }
+TRAINER_TYPES = {  # stricter than Lightning's own, which fails late or not at all
+    "max_steps": PositiveInt,
+    "accumulate_grad_batches": PositiveInt,
+    "num_nodes": PositiveInt,
+    "log_every_n_steps": PositiveInt | None,
+    "gradient_clip_val": PositiveFloat | None,
+}
 FIT_ONLY = {"max_steps", "max_time", "gradient_clip_val", "accumulate_grad_batches", "log_every_n_steps"}
-"""Options of the Trainer that only `fit` has."""
+"""Trainer options that only `fit` has."""
 
 
 class OptionSpec(NamedTuple):
-    """What is known of a setting: its type, default, one sentence, and the one model class that has it, or ""."""
+    """An option: its type, its default, one sentence of help, and the one model class that has it, or ""."""
 
     type: Any
     default: Any = inspect.Parameter.empty
@@ -109,51 +85,67 @@ class OptionSpec(NamedTuple):
 
 @cache
 def option_specs(command: str) -> dict[str, OptionSpec]:
-    """Every setting of a command by its dotted name, in the order that --help shows."""
-    groups: dict[str, tuple[type, ...]] = {"model": (ModernLM, ClassicLM, AblationLM), "data": (TextDataModule,)}
-    if command == "fit":
+    """Every option of a command by its dotted name, in the order of --help."""
+    fits = command == "fit"
+    groups: dict[str, tuple[type, ...]] = {"sample": (PredictConfig,)} if command == "predict" else {}
+    groups |= {"model": (ModernLM, ClassicLM, AblationLM), "data": (TextDataModule,)}
+    if fits:
         groups |= {
             "early_stopping": (ValLossEarlyStopping,),
             "checkpoint": (CheckpointConfig,),
             "samples": (SampleCallback,),
             "wandb": (WandbConfig,),
         }
-    if command == "predict":
-        groups = {"sample": (PredictConfig,), **groups}
-    known = {
-        "config": OptionSpec(str, help="Settings from a file, or a shipped one such as modern or journey/p2_refine."),
-        "run_dir": OptionSpec(
-            str, "", "Where a run writes; runs/TIME-MODEL unless given." if command == "fit" else "Where it lies."
-        ),
-        "ckpt_path": OptionSpec(str, None, "The checkpoint to start from: last or best in --run_dir, or a file."),
-        "seed_everything": OptionSpec(int, help="Decides all that is random in a run."),
-        "print_config": OptionSpec(
-            None, help="Prints the resolved settings, as a file for --config, and does nothing."
-        ),
-        "model": OptionSpec(type, "ModernLM", "ModernLM, ClassicLM, or AblationLM for a step between."),
+    run_dir = "The run's directory. Default: runs/TIME-MODEL." if fits else "Directory of --ckpt_path last and best."
+    start = (
+        "to resume or fork: a file, or last in --run_dir" if fits else "to read: a file, or last or best in --run_dir"
+    )
+    specs = {
+        "config": OptionSpec(str, help="YAML file of options, or a shipped one such as modern or journey/p2_refine."),
+        "run_dir": OptionSpec(str, "", run_dir),
+        "ckpt_path": OptionSpec(str, None, f"Checkpoint {start}."),
+        "seed_everything": OptionSpec(Seed, help="Seed of everything in a run that is random."),
+        "print_config": OptionSpec(None, help="Print the resolved configuration, as a file for --config, and exit."),
+        "model": OptionSpec(type, "ModernLM", "ModernLM, ClassicLM, or AblationLM: a stage between the two."),
     }
     for group, classes in (groups | {"trainer": (Trainer,)}).items():
-        for cls in classes:
-            hints, parameters = get_type_hints(cls.__init__), inspect.signature(cls).parameters  # type: ignore[misc]
-            documented = docstring_parser.parse((cls.__init__ if cls is Trainer else cls).__doc__ or "")
-            texts = {argument.arg_name: argument.description or "" for argument in documented.params}
-            texts = {**TRAINER_HELP, **texts, **TRAINER_HELP} if cls is Trainer else texts
-            for name in (name for name in texts if name in parameters and f"{group}.{name}" not in LINKED):
-                if cls is Trainer and (name in RESERVED or command != "fit" and name in FIT_ONLY):
+        members = [class_options(cls) for cls in classes]
+        for cls, options in zip(classes, members, strict=True):
+            for name, spec in options.items():
+                if cls is Trainer and (name in RESERVED or not fits and name in FIT_ONLY):
                     continue
-                only = cls.__name__ if not all(name in inspect.signature(other).parameters for other in classes) else ""
-                setting = OptionSpec(hints[name], parameters[name].default, " ".join(texts[name].split()), only)
-                known.setdefault(f"{group}.{name}", setting)
-    return known
+                only = "" if all(name in other for other in members) else cls.__name__
+                if f"{group}.{name}" not in LINKED:
+                    specs.setdefault(f"{group}.{name}", spec._replace(only=only))
+    return specs
+
+
+def class_options(cls: Any) -> dict[str, OptionSpec]:
+    """The documented arguments of a class; those of a model are the fields of its config_class."""
+    owner = getattr(cls, "config_class", cls)
+    hints, parameters = get_type_hints(owner.__init__), inspect.signature(owner).parameters
+    documented = owner.__mro__[::-1] if is_dataclass(owner) else [owner.__init__ if owner is Trainer else owner]
+    texts: dict[str, str] = {}
+    for part in documented:
+        arguments = docstring_parser.parse(part.__doc__ or "").params
+        texts |= {argument.arg_name: " ".join((argument.description or "").split()) for argument in arguments}
+    if owner is Trainer:
+        texts, hints = {**TRAINER_HELP, **texts, **TRAINER_HELP}, hints | TRAINER_TYPES
+    order = parameters if is_dataclass(owner) else texts
+    return {
+        name: OptionSpec(hints[name], parameters[name].default, texts[name])
+        for name in order
+        if name in texts and name in parameters
+    }
 
 
 class UserOption(NamedTuple):
-    """One setting as the user gave it."""
+    """One option as the user gave it; str() is how a message names it."""
 
     name: str
     """Dotted, without init_args."""
     value: Any
-    """The word that follows an option, None where it lacks; from a file, what stands there."""
+    """On the command line the argument after the name, None if there is none; in a file the YAML value."""
     typed: str
     """The name as typed: --data.batch_size on the command line, data.batch_size in a file."""
     file: str = ""
@@ -172,67 +164,72 @@ def option_name(name: str) -> str:
     return re.sub(r"\.(init_args|class_path)\b", "", name.lstrip("-")).rstrip("+")
 
 
-def user_options(words: list[str]) -> list[UserOption]:
-    """What a command line says, that of its files included, in its order.
+def user_options(args: list[str]) -> list[UserOption]:
+    """The options of a command line, including those of its files, in their order.
 
     Raises:
-        InputError: If a file cannot be read, or is no YAML of named settings.
+        UserError: If a file cannot be read, or is not a YAML file of named options.
     """
-    found, rest = [], list(words)
+    options, rest = [], list(args)
     while rest:
         typed, equals, value = rest.pop(0).partition("=")
         if not typed.startswith("-"):
-            found.append(UserOption("", typed + equals + value, ""))
+            options.append(UserOption("", typed + equals + value, ""))
             continue
         takes_next = not equals and rest and not re.match(r"-(?![\d.])", rest[0])
-        given = UserOption(option_name(typed), value if equals else rest.pop(0) if takes_next else None, typed)
-        if given.name in ("c", "config"):
-            found += options_in_file(str(given.value), "")
-        elif given.value and given.value.startswith("{"):
-            found += options_in_braces(given)
-        elif given.name in ("model", "data", "trainer") and given.value and Path(given.value).is_file():
-            found += options_in_file(given.value, given.name)
+        option = UserOption(option_name(typed), value if equals else rest.pop(0) if takes_next else None, typed)
+        if option.name in ("c", "config"):
+            options += options_in_file(str(option.value), "-c", "")
+        elif option.value and option.value.startswith("{"):
+            options += options_in_braces(option)
+        elif option.name in ("model", "data", "trainer") and option.value and Path(option.value).is_file():
+            options += options_in_file(option.value, typed, option.name)
         else:
-            found.append(given)
-    return found
+            options.append(option)
+    return options
 
 
-def options_in_braces(given: UserOption) -> list[UserOption]:
-    """The settings of a group that is given in one word, as JSON or YAML."""
+def options_in_braces(option: UserOption) -> list[UserOption]:
+    """The options of a group that is given as one argument, in JSON or YAML."""
     try:
-        content = yaml.safe_load(given.value)
+        content = yaml.safe_load(option.value)
     except yaml.YAMLError:
-        return [given]
-    named = flatten(content, f"{given.name}.") if isinstance(content, dict) and content else [(given.name, given.value)]
-    return [UserOption(option_name(name), value, f"--{option_name(name)}") for name, value in named]
+        return [option]
+    if not isinstance(content, dict) or not content:
+        return [option]
+    names = ((option_name(name), value) for name, value in flatten(content, f"{option.name}."))
+    return [UserOption(name, value, f"--{name}") for name, value in names]
 
 
-def options_in_file(file: str, group: str) -> Iterator[UserOption]:
-    """The settings of a YAML file, or of one that holds a group of them."""
+def options_in_file(file: str, typed: str, group: str) -> list[UserOption]:
+    """The options of a YAML file; `group` is the name of their group if the file holds one group only."""
+
+    def error(problem: str, remedy: str = "") -> UserError:
+        return UserError(problem, option=typed, value=file, remedy=remedy)
+
     if not Path(file).is_file():  # a directory, or a pipe, which cannot be read twice
-        raise UserError(f"-c {file} is no file: name a YAML file")
+        raise error("it is not a regular file", "name a YAML file")
     try:
         content = yaml.safe_load(Path(file).read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"-c {file} cannot be read ({error.strerror}): name a YAML file") from None
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.start} is 0x{error.object[error.start]:02x}"
-        raise UserError(f"-c {file} is not UTF-8: {byte}; convert the file to UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise UserError(f"-c {file} is not YAML: {getattr(error, 'problem', None) or error}{where}") from None
+    except OSError as cause:
+        raise error(f"the file cannot be read ({cause.strerror})", "name a YAML file") from None
+    except UnicodeDecodeError as cause:
+        byte = f"byte {cause.start} is 0x{cause.object[cause.start]:02x}"
+        raise error(f"the file is not UTF-8: {byte}", "convert it to UTF-8") from None
+    except yaml.YAMLError as cause:
+        mark = getattr(cause, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        raise error(f"the file is not valid YAML: {getattr(cause, 'problem', None) or cause}{line}") from None
     if not isinstance(content, dict):
-        kind = {list: "a list", type(None): "empty"}.get(type(content), "no settings")
-        raise UserError(f"-c {file} is {kind}: write settings by name, such as data: {{batch_size: 16}}")
-    return (
-        UserOption(option_name(name), value, name.replace(".init_args", "").replace(".class_path", ""), file)
-        for name, value in flatten(content, f"{group}." if group else "")
-    )
+        kind = {list: "a list", type(None): "empty"}.get(type(content), "plain text")
+        raise error(f"the file is {kind}", "write options by name, such as data: {batch_size: 16}")
+    names = flatten(content, f"{group}." if group else "")
+    options = [UserOption(option_name(n), v, re.sub(r"\.(init_args|class_path)\b", "", n), file) for n, v in names]
+    return sorted(options, key=lambda option: option.name != "model")  # the class before its options
 
 
 def flatten(node: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of nested settings."""
+    """Dotted names and values of a nested configuration."""
     for name, value in node.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{name}.")
@@ -240,56 +237,42 @@ def flatten(node: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{name}", value
 
 
-def closest_match(name: str, names: Iterable[str]) -> str | None:
-    """The name that a misspelt one may have meant; its group may be missing."""
-    names = list(names)
-    last = name.rpartition(".")[2]
-    of_last = {known.rpartition(".")[2]: known for known in reversed(names)}
-    if last in of_last:
-        return of_last[last]
-    if near := get_close_matches(name, names, n=1, cutoff=0.75):
-        return near[0]
-    near = get_close_matches(last, of_last, n=1, cutoff=0.7)
-    return of_last[near[0]] if near else None
-
-
-def resolve_config_names(words: list[str]) -> list[str]:
-    """The command line with each -c NAME that is no file replaced by the shipped file of that name."""
-
-    def found(name: str) -> str:
-        if Path(name).exists():
-            return name
-        for candidate in (CONFIGS / name, CONFIGS / f"{name}.yaml"):
-            if candidate.is_file():
-                return str(candidate)
-        known = [str(path.relative_to(CONFIGS).with_suffix("")) for path in sorted(CONFIGS.rglob("*.yaml"))]
-        near = get_close_matches(name.removesuffix(".yaml"), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(known[:5])} and others"
-        raise UserError(f"-c {name}: there is no such file; {hint}")
-
-    rest, out = list(words), []
+def resolve_config_names(args: list[str]) -> list[str]:
+    """The command line, where each -c NAME that is not a file is replaced by the shipped file of that name."""
+    rest, resolved = list(args), []
     while rest:
-        word = rest.pop(0)
-        flag, equals, value = (word[:2], "=", word[2:].lstrip("=")) if re.match("-c.", word) else word.partition("=")
-        if flag in ("-c", "--config"):
-            if not (value := value if equals else rest.pop(0) if rest else ""):
-                raise UserError(f"{flag} needs a file, such as {flag} smoke")
-            out += ["--config", found(value)]
+        arg = rest.pop(0)
+        flag, equals, value = (arg[:2], "=", arg[2:].lstrip("=")) if re.match("-c.", arg) else arg.partition("=")
+        if flag not in ("-c", "--config"):
+            resolved.append(arg)
+        elif value := value if equals else rest.pop(0) if rest else "":
+            resolved += ["--config", config_path(value)]
         else:
-            out.append(flag + equals + value)
-    return out
+            raise UserError("its value is missing", option=flag, remedy=f"name a file, as in {flag} smoke")
+    return resolved
 
 
-def config_diff(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Leaves of two nested settings that differ: dotted name, before, after.
+def config_path(name: str) -> str:
+    """The file of that name, or the shipped one."""
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if path.is_file() or path == Path(name) and path.exists():
+            return str(path)
+    shipped = [str(path.relative_to(CONFIGS).with_suffix("")) for path in sorted(CONFIGS.rglob("*.yaml"))]
+    near = get_close_matches(name.removesuffix(".yaml"), shipped, n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"shipped files are {', '.join(shipped[:5])} and others"
+    raise UserError("there is no such file", option="-c", value=name, remedy=remedy)
 
-    A setting that the older of them does not know is no difference where it has the value that the code gives it.
+
+def config_diff(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Values that differ between two nested configurations: dotted name, before, after.
+
+    An option that only the newer one has is no difference while it has its default value.
     """
-    for name in {**was, **now}:
-        before, after = was.get(name), now.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            yield from config_diff(before, after, f"{prefix}{name}.")
-        elif before != after:
-            setting = option_specs("fit").get(option_name(f"{prefix}{name}"))
-            if name in was or setting is None or after != setting.default:
-                yield f"{prefix}{name}", before, after
+    for name in {**before, **after}:
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from config_diff(old, new, f"{prefix}{name}.")
+        elif old != new:
+            spec = option_specs("fit").get(option_name(f"{prefix}{name}"))
+            if name in before or spec is None or new != spec.default:
+                yield f"{prefix}{name}", old, new

@@ -23,7 +23,8 @@ class UserError(ValueError):
         self.problem, self.option, self.value, self.remedy = problem, option, value, remedy
 
     def __str__(self) -> str:
-        return self.format(f"{self.option} {self.value}".strip() if self.option else "")
+        value = "" if self.value is None else f" {self.value}"
+        return self.format(f"{self.option}{value}" if self.option else "")
 
     def format(self, subject: str) -> str:
         """The whole message; `subject` is the option with its value, as the user typed it, or ""."""

@@ -5,6 +5,7 @@
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,21 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from minigpt_pl.checkpoint.io import BEST_CKPT, LAST_CKPT
 from minigpt_pl.runtime.atomic_io import CONFIG_FILE, atomic_write
+from minigpt_pl.runtime.ranges import PositiveFloat, PositiveInt
 from minigpt_pl.training.callbacks import eval_due, get_callback, is_step_boundary
+
+
+@dataclass
+class CheckpointConfig:
+    """When last.ckpt is saved, beside the run's first and last step.
+
+    Args:
+        every_n_train_steps: Steps between two saves.
+        every_n_minutes: Longest time between two saves, in minutes.
+    """
+
+    every_n_train_steps: PositiveInt = 200
+    every_n_minutes: PositiveFloat = 5.0
 
 
 class SaveConfig(Callback):
