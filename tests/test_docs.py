@@ -12,9 +12,7 @@ import pytest
 import yaml
 from conftest import PROJECT, TINY, Outcome
 
-from minigpt_pl.checkpoint.run_dir import resolve_run_dir
 from minigpt_pl.data.baselines import compute_baselines
-from minigpt_pl.runtime.errors import UserError, is_rank_zero
 
 PAGES = sorted(PROJECT.glob("docs/*.md"))
 README = PROJECT / "README.md"
@@ -262,30 +260,3 @@ def test_a_run_is_drawn_beside_the_baselines_of_its_text(trained: Path, tmp_path
         str(trained / "my.txt"), summary["config"]["data"]["train_frac"], summary["best_nats_per_char"]
     )
     assert curve_labels(tmp_path / "curve.svg") == expected
-
-
-@pytest.mark.parametrize("name", ["LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK"])
-def test_each_launcher_names_the_first_process(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun, SLURM and Lightning on a second node each use their own variable for the number of the process."""
-    for other in ("LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK", "MINIGPT_RUN_DIR", "MINIGPT_RESUMING"):
-        monkeypatch.delenv(other, raising=False)
-    assert is_rank_zero()
-    monkeypatch.setenv(name, "1")
-    assert not is_rank_zero()
-    assert resolve_run_dir("runs/x", None, "ModernLM") == (Path("runs/x"), False)
-    with pytest.raises(UserError, match="--run_dir"):
-        resolve_run_dir("", None, "ModernLM")
-
-
-@pytest.mark.parametrize(("mark", "count"), [("TORCHELASTIC_RUN_ID", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
-def test_several_processes_need_run_dir(mark: str, count: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one says so too: it alone prints, and the others have ended."""
-    monkeypatch.delenv("MINIGPT_RUN_DIR", raising=False)
-    monkeypatch.setenv(mark, "0")
-    monkeypatch.setenv(count, "2")
-    assert is_rank_zero()
-    with pytest.raises(UserError, match="--run_dir"):
-        resolve_run_dir("", None, "ModernLM")
-    assert resolve_run_dir("runs/x", None, "ModernLM") == (Path("runs/x"), False)
-    monkeypatch.setenv(count, "1")
-    assert resolve_run_dir("", None, "ModernLM")[0].parent == Path("runs")
