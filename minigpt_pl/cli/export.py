@@ -180,8 +180,8 @@ def export(checkpoint_path: Path, out: Path) -> list[Path]:
         "generation_config.json": {"do_sample": False, **NO_SPECIAL_TOKENS},
         "tokenizer_config.json": tokenizer_config | {"model_max_length": model.block_size},
     }
-    best = checkpoint["callbacks"].get("RunSummary", {}).get("best", {})
-    # of another step's weights the loss is not known
+    best = checkpoint["callbacks"].get("BestCheckpoint", {})
+    # The loss of weights from another step is not known.
     loss = best.get("best_val") if best.get("best_step") == checkpoint["global_step"] else None
     card = CARD.format(
         name=checkpoint_path.resolve().parent.name, params=model.params_total(), family=config["architectures"][0],
