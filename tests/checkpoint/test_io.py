@@ -1,8 +1,9 @@
-"""Checkpoint files: whole or not there, whatever the disk does; a damaged one is known and named."""
+"""Checkpoint files are complete or absent, whatever the disk does, and damage is noticed and reported."""
 
 import os
 import resource
 import shutil
+import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,8 +28,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     home = tmp_path_factory.mktemp("trained")
     (home / "text.txt").write_text("the sea comes in, the sea goes out.\n" * 60, "utf-8")
-    options = ("fit", *SMALL, "--data.path", home / "text.txt", "--run_dir", home / "run")
-    assert main([str(word) for word in options]) == 0
+    args = ("fit", *SMALL, "--data.path", home / "text.txt", "--run_dir", home / "run")
+    assert main([str(arg) for arg in args]) == 0
     return home / "run"
 
 
@@ -38,14 +39,14 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def place_of(data: bytes, tensor: torch.Tensor) -> int:
-    """Where the file has a tensor's bytes."""
-    found = data.find(tensor.contiguous().numpy().tobytes())
-    assert found > 0
-    return found
+def offset_of(data: bytes, tensor: torch.Tensor) -> int:
+    """Offset of a tensor's bytes in a file."""
+    offset = data.find(tensor.contiguous().numpy().tobytes())
+    assert offset > 0
+    return offset
 
 
-def test_any_flipped_byte_of_weights_and_optimizer_state_is_noticed(run: Path) -> None:
+def test_a_flipped_bit_of_weights_or_optimizer_states_is_noticed(run: Path) -> None:
     path = run / "last.ckpt"
     data, checkpoint = path.read_bytes(), read_checkpoint(path)
     weights = checkpoint["state_dict"]["net.blocks.0.attention.qkv.weight"]
@@ -54,45 +55,45 @@ def test_any_flipped_byte_of_weights_and_optimizer_state_is_noticed(run: Path) -
     for tensor in (weights, moments[0]["momentum"], vectors["exp_avg"], vectors["exp_avg_sq"]):
         for offset in (0, tensor.nbytes // 2, tensor.nbytes - 1):
             broken = bytearray(data)
-            broken[place_of(data, tensor) + offset] ^= 1
+            broken[offset_of(data, tensor) + offset] ^= 1
             path.write_bytes(broken)
-            with pytest.raises(UserError, match=r"last.ckpt is damaged.*best.ckpt is there: try it"):
+            with pytest.raises(UserError, match=r"last.ckpt: the file is damaged.*; try .*best.ckpt$"):
                 read_checkpoint(path)
 
 
-def test_the_digest_sees_every_element_of_every_tensor(run: Path) -> None:
-    """Also where the file's own check sums were made to fit."""
+def test_the_digest_covers_every_tensor(run: Path) -> None:
+    """Also if the file's own checksums are right."""
     checkpoint = read_checkpoint(run / "last.ckpt")
     before = tensor_digest(checkpoint)
-    seen = 0
+    count = 0
     for _, tensor in iter_tensors([checkpoint["state_dict"], checkpoint["optimizer_states"]]):
         element = tensor.view(-1)[-1:]
         value = element.clone()
         element += 1
         assert tensor_digest(checkpoint) != before
         element.copy_(value)
-        seen += 1
-    assert seen > 50
+        count += 1
+    assert count > 50
     assert tensor_digest(checkpoint) == before
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "predict"])
-def test_a_damaged_file_is_named_with_the_next_best(minigpt: Call, run: Path, command: str) -> None:
+def test_a_damaged_file_is_reported_with_the_other_checkpoint(minigpt: Call, run: Path, command: str) -> None:
     data = (run / "last.ckpt").read_bytes()
     for broken in (data[: len(data) // 2], b"", b"no checkpoint at all"):
         (run / "last.ckpt").write_bytes(broken)
         outcome = minigpt(command, "--run_dir", run, "--ckpt_path", "last")
         assert outcome.status == 2
-        assert str(run / "last.ckpt") in outcome.err
-        assert f"{run / 'best.ckpt'} is there: try it" in outcome.err
+        assert outcome.err.startswith("error: --ckpt_path last: the file is ")
+        assert f"; try {run / 'best.ckpt'}\n" in outcome.err
         assert outcome.err.count("\n") == 1
 
 
-def test_a_missing_file_is_said_with_the_next_best(minigpt: Call, run: Path) -> None:
+def test_a_missing_file_is_reported_with_the_other_checkpoint(minigpt: Call, run: Path) -> None:
     (run / "last.ckpt").unlink()
     outcome = minigpt("fit", "--run_dir", run, "--ckpt_path", "last")
     assert outcome.status == 2
-    assert f"there is no {run / 'last.ckpt'}; {run / 'best.ckpt'} is there: try it" in outcome.err
+    assert f"there is no {run / 'last.ckpt'}; try {run / 'best.ckpt'}" in outcome.err
 
 
 def test_a_failing_write_leaves_the_earlier_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,57 +112,71 @@ def test_a_failing_write_leaves_the_earlier_checkpoint(run: Path, monkeypatch: p
         assert not list(run.glob("*.writing"))
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is synced whole, then renamed, then the folder is synced."""
-    done: list[str] = []
-    replace, fsync = os.replace, os.fsync
+def test_a_directory_that_cannot_be_synced_is_no_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems refuse it; the checkpoint itself is on the disk by then."""
+    checkpoint, fsync = read_checkpoint(run / "last.ckpt"), os.fsync
 
-    def noted_fsync(descriptor: int) -> None:
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
-        done.append(f"fsync {Path(name).name} {os.fstat(descriptor).st_size if os.path.isfile(name) else ''}")
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
         fsync(descriptor)
 
-    def noted_replace(source: Any, target: Any) -> None:
-        done.append(f"replace {Path(source).name} {Path(target).name}")
+    monkeypatch.setattr(os, "fsync", refuse)
+    AtomicCheckpointIO().save_checkpoint(checkpoint, run / "new.ckpt")
+    assert read_checkpoint(run / "new.ckpt")["global_step"] == checkpoint["global_step"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The complete file is synced, then renamed, then the directory is synced."""
+    calls: list[str] = []
+    replace, fsync = os.replace, os.fsync
+
+    def recorded_fsync(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        calls.append(f"fsync {Path(name).name} {os.fstat(descriptor).st_size if os.path.isfile(name) else ''}")
+        fsync(descriptor)
+
+    def recorded_replace(source: Any, target: Any) -> None:
+        calls.append(f"replace {Path(source).name} {Path(target).name}")
         replace(source, target)
 
     checkpoint = read_checkpoint(run / "last.ckpt")
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(os, "replace", noted_replace)
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
     AtomicCheckpointIO().save_checkpoint(checkpoint, run / "last.ckpt")
     size = (run / "last.ckpt").stat().st_size
-    assert done == [f"fsync last.ckpt.writing {size}", "replace last.ckpt.writing last.ckpt", "fsync run "]
+    assert calls == [f"fsync last.ckpt.writing {size}", "replace last.ckpt.writing last.ckpt", "fsync run "]
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for less than two checkpoints."""
+    """A file system too small for two checkpoints."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("cannot mount a small disk here")
+        pytest.skip("needs the right to mount a file system")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_full_disk_is_said_and_costs_nothing(
+def test_a_full_disk_is_reported_and_the_run_can_be_resumed(
     minigpt: Call, small_disk: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    options = ("fit", *SMALL, "--data.path", text_file)
-    assert minigpt(*options, "--run_dir", tmp_path / "straight").status == 0
-    for step, name in ((3, ""), (4, "/last.ckpt")):  # where a row of metrics.csv is due, and a checkpoint
+    args = ("fit", *SMALL, "--data.path", text_file)
+    assert minigpt(*args, "--run_dir", tmp_path / "straight").status == 0
+    for step, name in ((3, ""), (4, "/last.ckpt")):  # a row of metrics.csv is due, then a checkpoint
         run, full = small_disk / f"run{step}", small_disk / "full"
         with at_micro_batch(step, partial(fill, full)):
-            outcome = minigpt(*options, "--run_dir", run)
+            outcome = minigpt(*args, "--run_dir", run)
         full.unlink()
         assert outcome.status == 2
         assert outcome.err.startswith(f"error: {run}{name} could not be written (No space left on device)")
         assert outcome.err.count("\n") == 1
         assert not list(run.glob("*.writing"))
         assert read_checkpoint(run / "last.ckpt")["global_step"] == 0
-        shutil.move(run, tmp_path)
-        assert minigpt("fit", "--run_dir", tmp_path / run.name, "--ckpt_path", "last").status == 0
-        assert differences(tmp_path / "straight", tmp_path / run.name) == []
+    shutil.move(run, tmp_path)  # where there is room
+    assert minigpt("fit", "--run_dir", tmp_path / run.name, "--ckpt_path", "last").status == 0
+    assert differences(tmp_path / "straight", tmp_path / run.name) == []
 
 
 def fill(path: Path) -> None:
@@ -173,7 +188,7 @@ def fill(path: Path) -> None:
             pass
 
 
-def test_a_limit_on_file_sizes_is_said(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
+def test_a_limit_on_file_sizes_is_reported(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
@@ -185,20 +200,20 @@ def test_a_limit_on_file_sizes_is_said(minigpt: Call, tmp_path: Path, text_file:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_said(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
+def test_a_directory_that_is_not_writable_is_reported(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
     (tmp_path / "file").write_text("")
-    for place in (Path("/proc/run"), tmp_path / "file", tmp_path / "file" / "run"):
-        outcome = minigpt("fit", *SMALL, "--data.path", text_file, "--run_dir", place)
+    for run in (Path("/proc/run"), tmp_path / "file", tmp_path / "file" / "run"):
+        outcome = minigpt("fit", *SMALL, "--data.path", text_file, "--run_dir", run)
         assert outcome.status == 2
-        assert outcome.err.startswith(f"error: --run_dir {place} cannot be written")
+        assert outcome.err.startswith(f"error: --run_dir {run}: the directory is not writable (")
         assert outcome.err.count("\n") == 1
 
 
 def test_a_checkpoint_holds_plain_values_only(run: Path) -> None:
-    """It loads with weights_only, names no path but the text's, and needs nothing beside it."""
+    """It loads with weights_only, and the only path in it is that of the text."""
     checkpoint = torch.load(run / "best.ckpt", weights_only=True)
-    words = [value for value in leaves(checkpoint) if isinstance(value, str) and str(run.parents[1]) in value]
-    assert [word for word in words if not word.endswith("text.txt")] == []
+    paths = [value for value in leaves(checkpoint) if isinstance(value, str) and str(run.parents[1]) in value]
+    assert [path for path in paths if not path.endswith("text.txt")] == []
 
 
 def leaves(node: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""A run's directory: whose it is, what is refused, what a branch is."""
+"""A run's directory: which one is chosen, which are refused, the lock, and branches."""
 
 import shutil
 from collections.abc import Callable
@@ -10,18 +10,21 @@ from conftest import Outcome
 from filelock import FileLock
 from support.runs import SMALL, at_micro_batch, differences, interrupt, summary
 
+from minigpt_pl.checkpoint.run_dir import RunDir
+from minigpt_pl.runtime.errors import UserError
+
 Call = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of 16 steps, its best check at the last; tests copy it."""
+    """A finished run of 16 steps, the last of which is the best; tests copy it."""
     from minigpt_pl.__main__ import main
 
     home = tmp_path_factory.mktemp("trained")
     (home / "text.txt").write_text("the sea comes in, the sea goes out.\n" * 60, "utf-8")
-    options = ("fit", *SMALL, "--data.path", home / "text.txt", "--run_dir", home / "run")
-    assert main([str(word) for word in options]) == 0
+    args = ("fit", *SMALL, "--data.path", home / "text.txt", "--run_dir", home / "run")
+    assert main([str(arg) for arg in args]) == 0
     return home / "run"
 
 
@@ -35,8 +38,9 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refused(minigpt: Call, *words: object) -> str:
-    outcome = minigpt("fit", *words)
+def refused(minigpt: Call, *args: object) -> str:
+    """The message of a `fit` that must fail."""
+    outcome = minigpt("fit", *args)
     assert outcome.status == 2
     assert outcome.err.count("\n") == 1
     return outcome.err
@@ -48,92 +52,86 @@ def test_a_directory_that_holds_a_run_is_left_alone(minigpt: Call, run: Path, te
         if missing:
             (run / missing).unlink()
             del before[missing]
-        said = refused(minigpt, *SMALL, "--data.path", text_file, "--run_dir", run)
-        assert f"--run_dir {run} holds a run" in said
-        assert "--ckpt_path last" in said
-        assert "another --run_dir" in said
+        message = refused(minigpt, *SMALL, "--data.path", text_file, "--run_dir", run)
+        problem = f"error: --run_dir {run}: the directory holds a run"
+        assert message == f"{problem}; resume it with --ckpt_path last, or use another --run_dir\n"
         assert files(run) == before
 
 
-def test_a_second_process_is_refused_while_the_first_one_lives(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
+def test_a_second_process_is_refused_while_the_first_one_runs(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
     run = tmp_path / "run"
-    said = []
-    with at_micro_batch(3, lambda: said.append(second_fit(minigpt, run))):
+    messages = []
+
+    def second_fit() -> None:  # only its lock: one process cannot train twice at a time
+        with pytest.raises(UserError) as refusal, RunDir(run, resuming=True).lock():
+            pass
+        messages.append(str(refusal.value))
+
+    with at_micro_batch(3, second_fit):
         assert minigpt("fit", *SMALL, "--data.path", text_file, "--run_dir", run).status == 0
-    assert said == [f"error: --run_dir {run}: another process trains there; wait for it, or choose another --run_dir\n"]
+    problem = f"run_dir {run}: another process trains in it"
+    assert messages == [f"{problem}; wait for it to end, or use another --run_dir"]
     assert not (run / ".lock").exists()
 
 
-def second_fit(minigpt: Call, run: Path) -> str:
-    """What a fit in the same directory says; a claim alone, since two trainings share no process."""
-    from minigpt_pl.checkpoint.run_dir import lock_run_dir
-    from minigpt_pl.runtime.errors import UserError
-
-    with pytest.raises(UserError) as refusal, lock_run_dir(run, resuming=True):
-        pass
-    return f"error: {refusal.value}\n"
-
-
-def test_the_lock_of_a_dead_process_is_no_obstacle(minigpt: Call, run: Path) -> None:
+def test_the_lock_file_of_a_dead_process_does_not_matter(minigpt: Call, run: Path) -> None:
     with FileLock(run / ".lock"):
-        assert "another process trains there" in refused(minigpt, "--run_dir", run, "--ckpt_path", "last")
-    (run / ".lock").write_text("of a process that is dead")
+        assert "another process trains in it" in refused(minigpt, "--run_dir", run, "--ckpt_path", "last")
+    (run / ".lock").write_text("left by a dead process")
     assert minigpt("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", 17).status == 0
 
 
-def test_a_run_that_another_process_began_meanwhile_is_not_overwritten(
+def test_a_run_that_another_process_started_meanwhile_is_not_overwritten(
     minigpt: Call, trained: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The directory was free when the command was read, and holds a run when it comes to the claim."""
+    """The directory was free when the command was parsed, and holds a run when it is locked."""
     run = tmp_path / "run"
     monkeypatch.setattr(
         "minigpt_pl.checkpoint.run_dir.FileLock", lambda path: (shutil.copytree(trained, run), FileLock(path))[1]
     )
-    said = refused(minigpt, *SMALL, "--data.path", text_file, "--run_dir", run)
-    assert "holds a run" in said
+    assert "holds a run" in refused(minigpt, *SMALL, "--data.path", text_file, "--run_dir", run)
     assert files(run) == files(trained)
 
 
-def test_files_of_a_start_that_died_are_moved_aside(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
+def test_files_of_a_start_that_failed_are_moved_aside(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
     run = tmp_path / "run"
     (run / "wandb").mkdir(parents=True)
-    (run / "metrics.csv").write_text("of the dead")
+    (run / "metrics.csv").write_text("old")
     (run / "last.ckpt.writing").write_text("half")
     (run / "notes.md").write_text("mine")
     outcome = minigpt("fit", *SMALL, "--data.path", text_file, "--run_dir", run)
     assert outcome.status == 0
     (aside,) = run.glob("aside-*")
-    assert f"{run} had files of a start that died early: moved to {aside}\n" in outcome.err
+    assert f"{run} had files of a start that failed early: moved to {aside}\n" in outcome.err
     assert sorted(path.name for path in aside.iterdir()) == ["metrics.csv", "wandb"]
     assert sorted(path.name for path in run.iterdir()) == sorted(
         [aside.name, "best.ckpt", "config.yaml", "last.ckpt", "metrics.csv", "notes.md", "summary.json"]
     )
 
 
-def test_a_failed_start_leaves_nothing(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
-    """Here the error comes late, when the training batches are asked for."""
+def test_a_failed_start_leaves_no_directory(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
+    """After the first checkpoint an error leaves the run; before it, nothing."""
     run = tmp_path / "new" / "run"
     with pytest.raises(ZeroDivisionError), at_micro_batch(1, lambda: 1 / 0):
         minigpt("fit", *SMALL, "--data.path", text_file, "--run_dir", run)
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "last.ckpt", "metrics.csv", "summary.json"]
     assert summary(run)["stop_reason"] == "error"
-    words = ("fit", *SMALL, "--data.path", text_file, "--run_dir", tmp_path / "other" / "run")
-    assert minigpt(*words, "--trainer.devices", 3, "--trainer.strategy", "no_such").status == 2
+    args = ("fit", *SMALL, "--data.path", text_file, "--run_dir", tmp_path / "other" / "run")
+    assert minigpt(*args, "--trainer.devices", 3, "--trainer.strategy", "no_such").status == 2
     assert not (tmp_path / "other").exists()
 
 
-def test_a_branch_needs_a_place_and_names_its_parent(minigpt: Call, run: Path, tmp_path: Path) -> None:
+def test_a_branch_needs_a_directory_and_names_its_parent(minigpt: Call, run: Path, tmp_path: Path) -> None:
     before = files(run)
     best = run / "best.ckpt"
-    said = refused(minigpt, "--run_dir", run, "--ckpt_path", "best")
-    assert f"--ckpt_path {best} --run_dir NEW" in said
+    assert f"--ckpt_path {best} --run_dir NEW" in refused(minigpt, "--run_dir", run, "--ckpt_path", "best")
     assert "--run_dir NEW" in refused(minigpt, "--ckpt_path", best)
     assert "holds a run" in refused(minigpt, "--ckpt_path", best, "--run_dir", run)
     branch = tmp_path / "branch"
     assert minigpt("fit", "--ckpt_path", best, "--run_dir", branch, "--trainer.max_steps", 20).status == 0
-    found = summary(branch)
-    assert (found["parent"], found["parent_step"], found["total_steps"]) == (str(best), 16, 20)
-    assert found["tokens_seen"] == 20 * 4 * 16
+    result = summary(branch)
+    assert (result["parent"], result["parent_step"], result["total_steps"]) == (str(best), 16, 20)
+    assert result["tokens_seen"] == 20 * 4 * 16
     assert summary(run)["parent"] is None
     assert files(run) == before
     first_row = (branch / "metrics.csv").read_text("utf-8").splitlines()[1]
@@ -142,30 +140,36 @@ def test_a_branch_needs_a_place_and_names_its_parent(minigpt: Call, run: Path, t
     assert ids[0] != ids[1]
 
 
-def test_a_branch_without_changes_is_the_run_itself(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
-    """From the best of 10 steps to 16: the weights are those of the run that made all 16 at once."""
-    options = ("fit", *SMALL, "--data.path", text_file, "--model.lr_schedule", "constant")
-    assert minigpt(*options, "--run_dir", tmp_path / "straight").status == 0
-    assert minigpt(*options, "--run_dir", tmp_path / "short", "--trainer.max_steps", 10).status == 0
+def test_a_branch_without_changes_equals_the_run(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
+    """From the best of 10 steps to 16: the weights equal those of a run of 16 steps."""
+    args = ("fit", *SMALL, "--data.path", text_file, "--model.lr_schedule", "constant")
+    assert minigpt(*args, "--run_dir", tmp_path / "straight").status == 0
+    assert minigpt(*args, "--run_dir", tmp_path / "short", "--trainer.max_steps", 10).status == 0
     source = ("fit", "--ckpt_path", tmp_path / "short" / "best.ckpt", "--trainer.max_steps", 16)
     with at_micro_batch(14, interrupt):
         assert minigpt(*source, "--run_dir", tmp_path / "branch").status == 130
     assert minigpt("fit", "--ckpt_path", tmp_path / "branch" / "last.ckpt").status == 0
     assert summary(tmp_path / "branch")["parent"] == str(tmp_path / "short" / "best.ckpt")
-    found = differences(tmp_path / "straight", tmp_path / "branch")
-    assert [line for line in found if line.startswith(("last/state", "last/opt", "best/state", "best/opt"))] == []
-    other = ("fit", "--ckpt_path", tmp_path / "short" / "last.ckpt", "--trainer.max_steps", 16)  # elsewhere: a branch
+    lines = differences(tmp_path / "straight", tmp_path / "branch")
+    assert [line for line in lines if line.startswith(("last/state", "last/opt", "best/state", "best/opt"))] == []
+    other = (
+        "fit",
+        "--ckpt_path",
+        tmp_path / "short" / "last.ckpt",
+        "--trainer.max_steps",
+        16,
+    )  # another directory: a branch
     assert minigpt(*other, "--run_dir", tmp_path / "again").status == 0
     assert summary(tmp_path / "again")["parent_step"] == 10
 
 
-def test_words_for_checkpoints_need_a_directory(minigpt: Call, tmp_path: Path) -> None:
-    assert "--ckpt_path last needs --run_dir" in refused(minigpt, "--ckpt_path", "last")
+def test_last_and_best_need_a_directory(minigpt: Call, tmp_path: Path) -> None:
+    assert "--ckpt_path last: it needs --run_dir" in refused(minigpt, "--ckpt_path", "last")
     assert f"there is no {tmp_path / 'last.ckpt'}" in refused(minigpt, "--run_dir", tmp_path, "--ckpt_path", "last")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_without_a_directory_gets_one_by_time_and_model(
+def test_a_run_without_run_dir_gets_a_directory_by_time_and_model(
     minigpt: Call, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

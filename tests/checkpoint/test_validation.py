@@ -1,4 +1,4 @@
-"""Nothing in a checkpoint is executed, imported or believed: hostile files are refused in one line by every reader."""
+"""Nothing in a checkpoint is executed, imported or trusted: every reader refuses hostile files in one line."""
 
 import copy
 import os
@@ -30,8 +30,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     home = tmp_path_factory.mktemp("trained")
     (home / "text.txt").write_text("the sea comes in, the sea goes out.\n" * 60, "utf-8")
-    options = ("fit", *SMALL, "--trainer.max_steps", 1, "--data.path", home / "text.txt", "--run_dir", home / "run")
-    assert main([str(word) for word in options]) == 0
+    args = ("fit", *SMALL, "--trainer.max_steps", 1, "--data.path", home / "text.txt", "--run_dir", home / "run")
+    assert main([str(arg) for arg in args]) == 0
     return home / "run" / "last.ckpt"
 
 
@@ -46,7 +46,7 @@ class Bomb:
 
 
 def rewritten(path: Path, to: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """A checkpoint with something changed, and a digest that fits."""
+    """A changed checkpoint with the right digest."""
     checkpoint = torch.load(path, weights_only=True)
     change(checkpoint)
     checkpoint["digest"] = tensor_digest(checkpoint)
@@ -54,32 +54,32 @@ def rewritten(path: Path, to: Path, change: Callable[[dict[str, Any]], Any]) -> 
     return to
 
 
-def everyone(minigpt: Call, path: Path, new: Path) -> list[str]:
-    """What all who read checkpoints say of this one; each refuses it in one line."""
-    said = []
+def refusals(minigpt: Call, path: Path, new: Path) -> list[str]:
+    """The messages of all readers of checkpoints; each must refuse this one in one line."""
+    messages = []
     for command in ("fit", "validate", "test", "predict"):
-        for words in (("--ckpt_path", path), ("--ckpt_path", path, "--run_dir", new))[: 2 if command == "fit" else 1]:
-            outcome = minigpt(command, *words)
+        for args in (("--ckpt_path", path), ("--ckpt_path", path, "--run_dir", new))[: 2 if command == "fit" else 1]:
+            outcome = minigpt(command, *args)
             assert outcome.status == 2, (command, outcome.err)
             assert outcome.err.startswith("error: ")
             assert outcome.err.count("\n") == 1
             assert len(outcome.err) < 600
-            said.append(outcome.err)
+            messages.append(outcome.err)
     for load in (ModernLM.load_from_checkpoint, LanguageModel.load_from_checkpoint, load_checkpoint):
         with pytest.raises(UserError) as refusal:
             load(path)
-        said.append(str(refusal.value))
+        messages.append(str(refusal.value))
     with pytest.raises(UserError):
         TextDataModule.load_from_checkpoint(path)
     assert not new.exists()
-    return said
+    return messages
 
 
 @pytest.mark.parametrize("forced", [False, True])
 def test_pickles_are_not_executed(
     minigpt: Call, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forced: bool
 ) -> None:
-    """In hyper parameters, in the state of a callback, and as the whole file, in each form that torch.load knows."""
+    """In hyperparameters, in a callback's state, and as the whole file, in each format that torch.load reads."""
     if forced:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     mark = tmp_path / "executed"
@@ -91,61 +91,43 @@ def test_pickles_are_not_executed(
     torch.save(bomb, paths[3], _use_new_zipfile_serialization=False)
     paths[4].write_bytes(pickle.dumps(bomb))
     for path in paths:
-        everyone(minigpt, path, tmp_path / "new")
+        refusals(minigpt, path, tmp_path / "new")
         assert not mark.exists()
     assert os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == ("1" if forced else None)
     torch.load(paths[2], weights_only=False)
-    assert mark.exists()  # it does work
+    assert mark.exists()  # the bomb works
+
+
+LAMBDA, POPEN = (
+    "lightning.pytorch.callbacks.LambdaCallback",
+    {"class_path": "subprocess.Popen", "init_args": {"args": "x"}},
+)
+
+
+def callback(class_path: str, **init_args: Any) -> dict[str, Any]:
+    return {"trainer": {"callbacks": [{"class_path": class_path, "init_args": init_args}]}}
 
 
 HOSTILE: dict[str, Any] = {
-    "class": {"trainer": {"callbacks": [{"class_path": "subprocess.Popen", "init_args": {"args": "touch MARK"}}]}},
-    "class in a word": {"trainer": {"callbacks": ["antigravity.Anything"]}},
+    "class": callback("subprocess.Popen", args="touch MARK"),
+    "class as a string": {"trainer": {"callbacks": ["antigravity.Anything"]}},
     "plugin": {"trainer": {"plugins": [{"class_path": "evil.Plugin"}]}},
     "strategy": {"trainer": {"strategy": "evil.Strategy"}},
     "profiler": {"trainer": {"profiler": {"class_path": "evil.Profiler"}}},
     "file": {"trainer": {"callbacks": "/tmp/evil.yaml"}},
     "file in a list": {"trainer": {"callbacks": ["evil.yaml"]}},
-    "lambda": {
-        "trainer": {
-            "callbacks": [
-                {"class_path": "lightning.pytorch.callbacks.LambdaCallback", "init_args": {"on_fit_start": "os.abort"}}
-            ]
-        }
-    },
-    "lambda of ours": {
-        "trainer": {
-            "callbacks": [
-                {
-                    "class_path": "lightning.pytorch.callbacks.LambdaCallback",
-                    "init_args": {"on_fit_start": "minigpt_pl.runtime.signals.os.abort"},
-                }
-            ]
-        }
-    },
-    "what a trusted module imports": {"trainer": {"callbacks": [{"class_path": "minigpt_pl.training.summary.Path"}]}},
-    "through a trusted module": {"trainer": {"callbacks": [{"class_path": "lightning.pytorch.cli.ArgumentParser"}]}},
-    "nested": {
-        "trainer": {
-            "callbacks": [
-                {
-                    "class_path": "lightning.pytorch.callbacks.LambdaCallback",
-                    "init_args": {
-                        "on_fit_start": {"class_path": "subprocess.Popen", "init_args": {"args": "touch MARK"}}
-                    },
-                }
-            ]
-        }
-    },
-    "early stopping": {"early_stopping": {"class_path": "subprocess.Popen", "init_args": {"args": "touch MARK"}}},
-    "data": {"data": {"class_path": "subprocess.Popen", "init_args": {"args": "touch MARK"}}},
-    "argument of the model": {
-        "model": {"init_args": {"lr": {"class_path": "subprocess.Popen", "init_args": {"args": "x"}}}}
-    },
-    "model": {"model": {"class_path": "evil.ModernLM"}},
+    "function": callback(LAMBDA, on_fit_start="os.abort"),
+    "function through our module": callback(LAMBDA, on_fit_start="minigpt_pl.runtime.signals.os.abort"),
+    "class that our module imports": callback("minigpt_pl.training.summary.Path"),
+    "class that Lightning imports": callback("lightning.pytorch.cli.ArgumentParser"),
+    "nested": callback(LAMBDA, on_fit_start=POPEN),
+    "early stopping": {"early_stopping": POPEN},
+    "data": {"data": POPEN},
+    "argument of the model": {"model": {"init_args": {"lr": POPEN}}},
+    "model": {"model": {"class_path": "evil.EvilLM"}},
     "abstract model": {"model": {"class_path": "minigpt_pl.training.lit_modules.LanguageModel"}},
-    "no dict": {"model": "evil.yaml"},
-    "another file of settings": {"config": ["/etc/hostname"]},
+    "not a dict": {"model": "evil.yaml"},
+    "another config file": {"config": ["/etc/hostname"]},
 }
 
 
@@ -157,29 +139,29 @@ def merge(into: dict[str, Any], change: dict[str, Any]) -> None:
             into[key] = copy.deepcopy(value)
 
 
-@pytest.mark.parametrize("name", ["class", "lambda of ours", pytest.param("all", marks=pytest.mark.slow)])
-def test_settings_build_no_class_of_a_stranger(minigpt: Call, trained: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["class", "function through our module", pytest.param("all", marks=pytest.mark.slow)])
+def test_a_config_builds_no_foreign_class(minigpt: Call, trained: Path, tmp_path: Path, name: str) -> None:
     for change in HOSTILE.values() if name == "all" else [HOSTILE[name]]:
-        path = rewritten(trained, tmp_path / "bad.ckpt", lambda c, change=change: merge(c["settings"], change))
-        for words in (("fit", "--run_dir", tmp_path / "new"), ("predict",)):
-            outcome = minigpt(*words, "--ckpt_path", path)
+        path = rewritten(trained, tmp_path / "bad.ckpt", lambda c, change=change: merge(c["config"], change))
+        for args in (("fit", "--run_dir", tmp_path / "new"), ("predict",)):
+            outcome = minigpt(*args, "--ckpt_path", path)
             assert outcome.status == 2, outcome.err
             assert outcome.err.startswith("error: ")
             assert outcome.err.count("\n") == 1
         assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.ckpt"]
 
 
-def test_every_hostile_setting_is_refused_before_a_parser_sees_it(trained: Path) -> None:
+def test_every_hostile_config_is_refused_before_it_is_parsed(trained: Path) -> None:
     checkpoint = torch.load(trained, weights_only=True)
     for change in HOSTILE.values():
-        saved = copy.deepcopy(checkpoint)
-        merge(saved["settings"], change)
+        changed = copy.deepcopy(checkpoint)
+        merge(changed["config"], change)
         with pytest.raises(UserError):
-            validate_sizes(saved | {"settings": validate_config(saved["settings"], trained, [])}, MODELS)
-    assert validate_config(checkpoint["settings"], trained, []) == checkpoint["settings"]
+            validate_sizes(changed | {"config": validate_config(changed["config"], trained, [])}, MODELS)
+    assert validate_config(checkpoint["config"], trained, []) == checkpoint["config"]
 
 
-def test_a_users_own_callback_is_named_and_given_again(
+def test_a_users_own_callback_must_be_repeated(
     minigpt: Call, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_callbacks.py").write_text(
@@ -199,18 +181,18 @@ def test_a_users_own_callback_is_named_and_given_again(
     assert "mine was here" in again.out
 
 
-def test_a_figure_that_a_callback_looks_for_in_vain_is_the_users_mistake(
+def test_a_callback_that_monitors_an_unknown_metric_is_the_users_mistake(
     minigpt: Call, tmp_path: Path, text_file: Path
 ) -> None:
-    words = ("--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.monitor", "val_loss")
-    done = minigpt("fit", *SMALL, "--data.path", text_file, "--run_dir", tmp_path / "r", *words)
+    args = ("--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.monitor", "val_loss")
+    done = minigpt("fit", *SMALL, "--data.path", text_file, "--run_dir", tmp_path / "r", *args)
     assert done.status == 2
     assert done.err.startswith("error: ModelCheckpoint(monitor='val_loss') could not find the monitored key")
     assert "val/loss" in done.err
     assert done.err.count("\n") == 1
 
 
-def test_a_callback_of_lightning_is_taken_along(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
+def test_a_callback_of_lightning_is_kept_on_resume(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
     run, named = tmp_path / "run", "lightning.pytorch.callbacks.LearningRateMonitor"
     options = ("fit", *SMALL, "--data.path", text_file, "--run_dir", run, f"--trainer.callbacks+={named}")
     assert minigpt(*options).status == 0
@@ -219,32 +201,32 @@ def test_a_callback_of_lightning_is_taken_along(minigpt: Call, tmp_path: Path, t
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"),
+    ("name", "value"),
     [
         ("n_layer", 10**9), ("n_embd", 10**9), ("n_head", 10**9), ("block_size", 10**12), ("n_experts", 10**9),
         ("ffn_mult", 1e12), ("n_embd", -16), ("n_layer", "many"), ("n_embd", None), ("vocab_size", 10**12),
     ],
 )  # fmt: skip
-def test_sizes_that_the_tensors_do_not_have_are_refused(
-    minigpt: Call, trained: Path, tmp_path: Path, setting: str, value: Any
+def test_sizes_that_do_not_match_the_tensors_are_refused(
+    minigpt: Call, trained: Path, tmp_path: Path, name: str, value: Any
 ) -> None:
     def claim(checkpoint: dict[str, Any]) -> None:
-        if setting == "vocab_size":
+        if name == "vocab_size":
             checkpoint["vocab_size"] = value
         else:
-            checkpoint["settings"]["model"]["init_args"][setting] = value
+            checkpoint["config"]["model"]["init_args"][name] = value
 
     path = rewritten(trained, tmp_path / "bad.ckpt", claim)
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="does not match its weights"):
         load_checkpoint(path)
     if value == 10**9:
-        assert "do not fit" in minigpt("fit", "--ckpt_path", path, "--run_dir", tmp_path / "new").err
-        assert "do not fit" in minigpt("predict", "--ckpt_path", path).err
+        assert "does not match its weights" in minigpt("fit", "--ckpt_path", path, "--run_dir", tmp_path / "new").err
+        assert "does not match its weights" in minigpt("predict", "--ckpt_path", path).err
     assert not (tmp_path / "new").exists()
 
 
 def test_tensors_larger_than_the_file_are_refused(minigpt: Call, trained: Path, tmp_path: Path) -> None:
-    """A number that is repeated a million million times takes four bytes of the file."""
+    """A number that is repeated a million million times takes four bytes in the file."""
 
     def inflate(checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"]["net.token_embedding.weight"] = torch.zeros(1).expand(10**6, 10**6)
@@ -254,27 +236,33 @@ def test_tensors_larger_than_the_file_are_refused(minigpt: Call, trained: Path, 
     path = tmp_path / "bad.ckpt"
     torch.save(checkpoint, path)
     assert path.stat().st_size < 200_000
-    everyone(minigpt, path, tmp_path / "new")
+    refusals(minigpt, path, tmp_path / "new")
     checkpoint["state_dict"]["net.token_embedding.weight"] = torch.empty(10**6, 10**6, device="meta")
     torch.save(checkpoint, path)
     with pytest.raises(UserError):
         load_checkpoint(path)
 
 
-def test_what_is_no_checkpoint_of_ours_is_said(minigpt: Call, trained: Path, tmp_path: Path) -> None:
+def test_a_file_that_minigpt_did_not_write_is_refused(minigpt: Call, trained: Path, tmp_path: Path) -> None:
     path = tmp_path / "other.ckpt"
-    for other in ({"state_dict": {}}, [1, 2], 3, {"settings": {}}):
+    for other in ({"state_dict": {}}, [1, 2], 3, {"config": {}}):
         torch.save(other, path)
         with pytest.raises(UserError, match="not a checkpoint that minigpt wrote"):
             load_checkpoint(path)
-    for said in everyone(minigpt, path, tmp_path / "new"):
-        assert "not a checkpoint that minigpt wrote" in said
+    for message in refusals(minigpt, path, tmp_path / "new"):
+        assert "not a checkpoint that minigpt wrote" in message
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("readme", "no checkpoint")
+        archive.writestr("readme", "not a checkpoint")
     with pytest.raises(UserError):
         load_checkpoint(path)
-    rewritten(trained, path, lambda c: c.update(settings="evil"))
-    everyone(minigpt, path, tmp_path / "new")
+    rewritten(trained, path, lambda c: c.update(config="evil"))
+    refusals(minigpt, path, tmp_path / "new")
+
+
+def test_a_checkpoint_of_version_0_1_is_refused(minigpt: Call, trained: Path, tmp_path: Path) -> None:
+    path = rewritten(trained, tmp_path / "old.ckpt", lambda c: c.update(settings=c.pop("config")))
+    for message in refusals(minigpt, path, tmp_path / "new"):
+        assert "minigpt_pl 0.1 wrote it, and this version cannot read it; train the model again" in message
 
 
 def test_the_class_of_a_checkpoint_is_checked(trained: Path) -> None:
