@@ -65,6 +65,12 @@ class MiniGPTCLI(LightningCLI):
         self.args = options.resolve_config_names(args)
         self.user_options = options.user_options(self.args)
         try:
+            # Before the parser is built, which takes longer than to find most mistakes.
+            self.run_dir_option, start = self.path_option("run_dir"), self.path_option("ckpt_path")
+            self.ckpt_path = self.find_start(start, self.run_dir_option)
+            self.checkpoint, self.base = self.read_start(self.ckpt_path) if self.ckpt_path else ({}, {})
+            model = errors.class_name(self.base) if self.base else "ModernLM"
+            errors.check_options(self.user_options, command, model)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module="jsonargparse")
                 super().__init__(
@@ -122,17 +128,13 @@ class MiniGPTCLI(LightningCLI):
     # From the command line to a configuration.
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        run_dir, start = self.path_option("run_dir"), self.path_option("ckpt_path")
-        self.ckpt_path = self.find_start(start, run_dir)
-        self.checkpoint, base = self.read_start(self.ckpt_path) if self.ckpt_path else ({}, {})
-        errors.check_options(self.user_options, self.command, errors.class_name(base) if base else "ModernLM")
-        self.config, self.resolved = self.parse(parser, base)
+        self.config, self.resolved = self.parse(parser, self.base)
         errors.check_config(self.resolved)
         unused = errors.unused_options(self.user_options, self.resolved, self.command)
-        self.notes = [*self.changes(base, unused), *unused.values()]
+        self.notes = [*self.changes(self.base, unused), *unused.values()]
         if self.fits:
             model = errors.class_name(self.resolved)
-            self.run_dir, self.resuming = resolve_run_dir(run_dir, self.ckpt_path, model)
+            self.run_dir, self.resuming = resolve_run_dir(self.run_dir_option, self.ckpt_path, model)
 
     def path_option(self, name: str) -> str:
         """--run_dir or --ckpt_path, which decide what else is read; "" if not given."""

@@ -101,7 +101,7 @@ def option_specs(command: str) -> dict[str, OptionSpec]:
         "to resume or fork: a file, or last in --run_dir" if fits else "to read: a file, or last or best in --run_dir"
     )
     specs = {
-        "config": OptionSpec(str, help="YAML file of options, or a shipped one such as modern or journey/p2_refine."),
+        "config": OptionSpec(str, help="YAML file, or a shipped one such as modern or journey/p2_refine."),
         "run_dir": OptionSpec(str, "", run_dir),
         "ckpt_path": OptionSpec(str, None, f"Checkpoint {start}."),
         "seed_everything": OptionSpec(Seed, help="Seed of everything in a run that is random."),

@@ -74,7 +74,7 @@ class ModernConfig(GPTConfig):
         rope_theta: Base of the rotary wavelengths.
         rms_norm_eps: Added to the mean square under the root.
         ffn_mult: Hidden width of a feed-forward network, or of one expert, as a multiple of n_embd.
-        n_experts: Experts in each block; 0 for one dense feed-forward network.
+        n_experts: Experts in each block; 0 for a dense feed-forward network.
         moe_top_k: Experts that each token is sent to.
         moe_gate: How the chosen experts are weighted; see `moe.MoE`. With softmax_selected and moe_top_k 1 the router
             learns from the balance loss alone.

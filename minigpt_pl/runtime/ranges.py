@@ -36,6 +36,7 @@ TokenCount = restricted_number_type(
 SampleCount = restricted_number_type(
     "SampleCount", int, [(">", 0), ("<=", 10**4)], docstring="int restricted to be >0 and <=10,000"
 )
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)], docstring="int restricted to be >=0 and <2^32")
 
 
 def range_errors(config: Any) -> Iterator[tuple[str, Any, str]]:

@@ -49,7 +49,7 @@ class ModernLMConfig(ModernConfig, LanguageModelConfig):
     """Of ModernLM.
 
     Args:
-        moe_aux_loss_coef: Weight of the experts' balance loss in the training loss.
+        moe_aux_loss_coef: Weight of the experts' balance loss in training.
     """
 
     moe_aux_loss_coef: NonNegativeFinite = 0.0015

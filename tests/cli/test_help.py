@@ -1,5 +1,6 @@
-"""--help: every setting once, in groups, our own first, with units and defaults; and the light answers come at once."""
+"""--help lists every option once, in groups, with units and defaults; --help alone and unknown commands are fast."""
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,72 +19,71 @@ HEAVY = ("torch", "lightning", "numpy", "wandb", "jsonargparse", "yaml", "tokeni
 
 
 def names(page: str) -> list[str]:
-    """The options that a page of help lists, in order."""
-    words = [line.replace("-c, ", "").split()[0] for line in page.splitlines() if line.startswith("  -")]
-    return [word.removeprefix("--") for word in words]
+    """The options that a help page lists, in order."""
+    options = [line.replace("-c, ", "").split()[0] for line in page.splitlines() if line.startswith("  -")]
+    return [option.removeprefix("--") for option in options]
 
 
-def test_the_help_of_fit_is_short_and_says_every_setting_with_its_default(minigpt: MiniGPT) -> None:
-    done = minigpt("fit", "--help")
-    assert (done.status, done.err) == (0, "")
-    assert len(done.out.splitlines()) <= 100
-    assert max(map(len, done.out.splitlines())) <= 110
-    listed = names(done.out)
+def test_the_help_of_fit_is_short_and_lists_every_option_with_its_default(minigpt: MiniGPT) -> None:
+    outcome = minigpt("fit", "--help")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert len(outcome.out.splitlines()) <= 100
+    assert max(map(len, outcome.out.splitlines())) <= 110
+    listed = names(outcome.out)
     rare = ("trainer.", "model.stage")
     known = [name for name in option_specs("fit") if not name.startswith(rare)]
     assert listed == known + [f"trainer.{name}" for name in TRAINER_HELP]
     defaults = dict(flatten(yaml.safe_load((PROJECT / "configs" / "default.yaml").read_text("utf-8"))))
-    of_line = {name: line for name, line in zip(listed, options(done.out), strict=True)}
+    lines = dict(zip(listed, options(outcome.out), strict=True))
     for name, value in defaults.items():
         if name != "model.class_path":
-            assert f"[{value}]" in of_line[option_name(name)]
-    assert "[128]" in of_line["model.n_embd"]  # the code's own default
-    assert "ModernLM:" in of_line["model.rope_theta"]
-    assert "ModernLM:" not in of_line["model.dropout"]
+            assert f"[{value}]" in lines[option_name(name)]
+    assert "[128]" in lines["model.n_embd"]  # the default in the code
+    assert "ModernLM:" in lines["model.rope_theta"]
+    assert "ModernLM:" not in lines["model.dropout"]
 
 
 def options(page: str) -> list[str]:
-    """Each option's text in one line."""
-    found: list[str] = []
+    """The text of each option in one line."""
+    lines: list[str] = []
     for line in page.splitlines():
         if line.startswith("  -"):
-            found.append(line)
+            lines.append(line)
         elif line.startswith("   "):
-            found[-1] += " " + line.strip()
-    return found
+            lines[-1] += " " + line.strip()
+    return lines
 
 
-def test_our_own_options_come_before_lightnings(minigpt: MiniGPT) -> None:
+def test_the_projects_own_options_come_before_lightnings(minigpt: MiniGPT) -> None:
     listed = names(minigpt("fit", "-h").out)
     assert listed[:3] == ["config", "run_dir", "ckpt_path"]
     groups = list(dict.fromkeys(name.partition(".")[0] for name in listed if "." in name))
-    assert groups == ["model", "data", "early_stopping", "last", "samples", "wandb", "trainer"]
+    assert groups == ["model", "data", "early_stopping", "checkpoint", "samples", "wandb", "trainer"]
 
 
-def test_whatever_is_listed_is_taken_and_whatever_is_taken_is_listed(minigpt: MiniGPT) -> None:
-    """The page is not the parser's own: here they are held together."""
+def test_help_lists_exactly_the_options_that_the_parser_knows(minigpt: MiniGPT) -> None:
     printed = minigpt("fit", "--print_config", "--model.n_layer", "3")
     assert printed.status == 0
     resolved = {option_name(name) for name, _ in flatten(yaml.safe_load(printed.out))} - {"model"}
     listed = set(names(minigpt("fit", "--trainer.help").out)) | set(names(minigpt("fit", "--help").out))
-    of_others = {name for name, setting in option_specs("fit").items() if setting.only not in ("", "ModernLM")}
-    assert resolved == listed - of_others - {"config", "print_config", "model"}
+    others = {name for name, spec in option_specs("fit").items() if spec.only not in ("", "ModernLM")}
+    assert resolved == listed - others - {"config", "print_config", "model"}
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_other_commands_need_no_checkpoint_for_their_help(minigpt: MiniGPT, command: str) -> None:
-    done = minigpt(command, "--help")
-    assert (done.status, done.err) == (0, "")
-    listed = names(done.out)
+def test_help_of_other_commands_needs_no_checkpoint(minigpt: MiniGPT, command: str) -> None:
+    outcome = minigpt(command, "--help")
+    assert (outcome.status, outcome.err) == (0, "")
+    listed = names(outcome.out)
     assert "ckpt_path" in listed
     assert ("sample.temperature" in listed) == (command == "predict")
     assert "trainer.max_steps" not in listed
 
 
-def test_help_of_a_group_is_that_group_alone(minigpt: MiniGPT) -> None:
+def test_help_of_a_group_lists_that_group_only(minigpt: MiniGPT) -> None:
     listed = names(minigpt("fit", "--model.help", "ModernLM").out)
-    taken = [name for name in ModernLM.__init__.__annotations__ if name not in ("vocab_size", "return")]
-    assert sorted(listed) == sorted(f"model.{name}" for name in taken)
+    fields = [field.name for field in dataclasses.fields(ModernLM.config_class) if field.name != "vocab_size"]
+    assert sorted(listed) == sorted(f"model.{name}" for name in fields)
     assert "model.rope_theta" not in names(minigpt("fit", "--model.help=ClassicLM").out)
     listed = names(minigpt("fit", "--trainer.help").out)
     assert "trainer.detect_anomaly" in listed
@@ -93,17 +93,16 @@ def test_help_of_a_group_is_that_group_alone(minigpt: MiniGPT) -> None:
 
 
 def test_a_prompt_that_ends_in_help_is_a_prompt(minigpt: MiniGPT) -> None:
-    done = minigpt("predict", "--sample.prompt=--help")
-    assert (done.status, done.out) == (2, "")
+    outcome = minigpt("predict", "--sample.prompt=--help")
+    assert (outcome.status, outcome.out) == (2, "")
 
 
-def test_light_answers_import_nothing_heavy() -> None:
-    """One process gives them all: the list of commands, no command, a wrong command."""
+def test_the_list_of_commands_and_an_unknown_command_import_nothing_heavy() -> None:
     code = "import sys; from minigpt_pl.__main__ import main; "
     code += "status = [main(words) for words in (['--help'], ['-h'], [], ['fti'])]; "
     code += f"print(status, [name for name in {HEAVY} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True)
-    *page, last = done.stdout.splitlines()
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True)
+    *page, last = outcome.stdout.splitlines()
     assert last == "[0, 0, 2, 2] []"
     assert [line.split()[0] for line in page if line.startswith("  ")] == list(COMMANDS) * 2
-    assert len(done.stderr.splitlines()) == 2
+    assert len(outcome.stderr.splitlines()) == 2
