@@ -76,7 +76,8 @@ def score(loaded: LoadedModel, text: str) -> list[tuple[str, float]]:
     """
     ids, size = loaded.tokenizer.encode(text), loaded.model.block_size
     device = loaded.model.token_embedding.weight.device
-    batches = EvalDataset(ids, loaded.tokenizer.token_lengths, np.arange(0, len(ids) - 1, size), size, batch_size=16)
+    starts = np.arange(0, len(ids) - 1, size)
+    batches = EvalDataset(ids, loaded.tokenizer.token_lengths, size, 16, starts)
     nats: list[float] = []
     for batch in (batches[i] for i in range(len(batches))):
         losses = token_cross_entropy(loaded.model(batch.inputs.to(device))[0], batch.targets.to(device)).cpu()
