@@ -34,8 +34,12 @@ def validate_config(config: Any, path: Path, args: Iterable[str]) -> dict[str, A
     _check_classes(config["model"].get("init_args"), path, allowed=False)
     rest = {name: section for name, section in config.items() if name not in ("model", "trainer")}
     _check_classes(rest, path, allowed=False)
-    # Consent to a changed text holds for one start only.
-    return config | {"trainer": trainer, "data": config["data"] | {"allow_data_change": False}}
+    name = str(config["model"].get("class_path")).rpartition(".")[2]
+    return config | {
+        "trainer": trainer,
+        "model": config["model"] | {"class_path": f"minigpt_pl.{name}"},  # no other module is imported for it
+        "data": config["data"] | {"allow_data_change": False},  # consent to a changed text holds for one start
+    }
 
 
 def _children(node: Any) -> Iterator[tuple[Any, Any]]:

@@ -10,7 +10,7 @@ from conftest import Outcome
 from filelock import FileLock
 from support.runs import SMALL, at_micro_batch, differences, interrupt, summary
 
-from minigpt_pl.checkpoint.run_dir import RunDir
+from minigpt_pl.checkpoint.run_dir import RunDir, resolve_run_dir
 from minigpt_pl.runtime.errors import UserError
 
 Call = Callable[..., Outcome]
@@ -152,15 +152,13 @@ def test_a_branch_without_changes_equals_the_run(minigpt: Call, tmp_path: Path, 
     assert summary(tmp_path / "branch")["parent"] == str(tmp_path / "short" / "best.ckpt")
     lines = differences(tmp_path / "straight", tmp_path / "branch")
     assert [line for line in lines if line.startswith(("last/state", "last/opt", "best/state", "best/opt"))] == []
-    other = (
-        "fit",
-        "--ckpt_path",
-        tmp_path / "short" / "last.ckpt",
-        "--trainer.max_steps",
-        16,
-    )  # another directory: a branch
-    assert minigpt(*other, "--run_dir", tmp_path / "again").status == 0
-    assert summary(tmp_path / "again")["parent_step"] == 10
+
+
+def test_last_ckpt_in_another_directory_starts_a_branch(tmp_path: Path) -> None:
+    last = tmp_path / "run" / "last.ckpt"
+    assert resolve_run_dir("", last, "ModernLM") == resolve_run_dir(str(last.parent), last, "ModernLM")
+    assert resolve_run_dir("", last, "ModernLM") == RunDir(last.parent, resuming=True)
+    assert resolve_run_dir(str(tmp_path / "new"), last, "ModernLM") == RunDir(tmp_path / "new", resuming=False)
 
 
 def test_last_and_best_need_a_directory(minigpt: Call, tmp_path: Path) -> None:
