@@ -1,20 +1,18 @@
-"""What the results of a study say in numbers: its configurations, each over its seeds, and its named comparisons.
+"""The numbers of a study: its variants, each over its seeds, and its named comparisons.
 
-The methods are in `statistics`; the words and tables are in `report`, the pictures in `pictures`.
+The statistical methods are in `statistics`, tables and text in `report`, drawings in `plots`.
 """
 
 import json
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from minigpt_pl.experiments.results import Result, read
-from minigpt_pl.experiments.spec import BASELINES_FILE, FAILED_FILE, STUDY_FILE, Study, read_study
+from minigpt_pl.experiments.results import Result, TokenNLL, read_results, read_token_nll
+from minigpt_pl.experiments.spec import BASELINES_FILE, FAILED_FILE, STUDY_FILE, read_study
 from minigpt_pl.experiments.statistics import (
     MIN_SEEDS_INTERVAL,
     Interval,
@@ -24,89 +22,79 @@ from minigpt_pl.experiments.statistics import (
     conclude,
     mean_ci,
 )
+from minigpt_pl.runtime.atomic_io import atomic_write
 from minigpt_pl.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
 class VariantResults:
-    """The results of one configuration, by seed."""
+    """The results of one variant, by seed; [] and None if it was not run."""
 
     name: str
     results: list[Result]
+    token_nll: TokenNLL
 
     @cached_property
-    def figures(self) -> dict[int, float]:
-        """The best check of each seed, in nats per character."""
+    def losses(self) -> dict[int, float]:
+        """The best evaluation of each seed, in nats per character."""
         return {result.seed: result.summary["best_nats_per_char"] for result in self.results}
 
     @property
     def mean(self) -> float:
-        return float(np.mean(list(self.figures.values())))
+        return float(np.mean(list(self.losses.values())))
 
     @cached_property
     def spread(self) -> tuple[Interval, float] | None:
-        """Mean with interval, and standard deviation; None where the seeds are too few to tell."""
-        if len(self.figures) < MIN_SEEDS_INTERVAL:
+        """Mean with interval, and standard deviation; None with fewer than MIN_SEEDS_INTERVAL seeds."""
+        if len(self.losses) < MIN_SEEDS_INTERVAL:
             return None
-        interval, sd = mean_ci(list(self.figures.values()))
+        interval, sd = mean_ci(list(self.losses.values()))
         return interval, float(sd)
 
-    @property
-    def summaries(self) -> list[dict[str, Any]]:
-        return [result.summary for result in self.results]
-
-    def of_summary(self, name: str) -> float:
-        """The mean over seeds of a number in summary.json."""
-        return float(np.mean([found[name] for found in self.summaries]))
+    def summary_mean(self, name: str) -> float:
+        """The mean over seeds of a number in the summaries."""
+        return float(np.mean([result.summary[name] for result in self.results]))
 
     @property
     def minutes(self) -> float:
-        """Of training, the median over seeds: other programs may have slowed one of them."""
+        """Training time, the median over seeds: other programs may have slowed one of them."""
         return float(np.median([result.minutes for result in self.results]))
 
     @property
     def characters(self) -> float:
-        """Trained on, some of them many times: tokens by the characters that one has in the validation part."""
-        rows = [result.summary["tokens_seen"] * result.characters_a_token for result in self.results]
-        return float(np.mean(rows))
+        """Characters trained on, with repetitions; a token counts as many as one of the validation split has."""
+        return self.summary_mean("tokens_seen") * self.token_nll.chars_per_token
 
     @property
     def flops(self) -> float:
         """Of the whole training, the mean over seeds."""
-        return float(np.mean([found["flops_per_token"] * found["tokens_seen"] for found in self.summaries]))
+        return float(np.mean([r.summary["flops_per_token"] * r.summary["tokens_seen"] for r in self.results]))
 
     @property
     def sampling_error(self) -> float:
-        """What a check by `eval_iters` random batches would have scattered by (SD), the mean over seeds."""
-        data = [result.settings["data"] for result in self.results]
-        windows = [found["eval_iters"] * found["batch_size"] for found in data]
-        return float(np.mean([r.scores.sampling_error(n) for r, n in zip(self.results, windows, strict=True)]))
+        """SD of an evaluation on `eval_iters` random batches, in nats per character; nan for a text of one window."""
+        windows = [r.config["data"]["eval_iters"] * r.config["data"]["batch_size"] for r in self.results]
+        spreads = np.array([r.summary["window_sd"] for r in self.results], float)
+        return float(np.mean(spreads / np.sqrt(windows)))
 
     @property
     def tokenizer(self) -> str:
-        return str(self.summaries[0]["tokenizer_sha256"])
+        return str(self.results[0].summary["tokenizer_sha256"])
 
     @property
     def has_experts(self) -> bool:
-        return bool(self.results[0].settings["model"]["init_args"].get("n_experts"))
-
-    def by_character(self, seeds: Collection[int]) -> NDArray[np.float64]:
-        """Nats of each character of the validation part, the mean over these seeds; nan where none was scored."""
-        rows = [result.scores.by_character() for result in self.results if result.seed in seeds]
-        length = min(map(len, rows))
-        mean: NDArray[np.float64] = np.mean([row[:length] for row in rows], axis=0)
-        return mean
+        return bool(self.results[0].config["model"]["init_args"].get("n_experts"))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A named comparison: what the seeds say, what the text says, and a word."""
+    """A named comparison of two variants: the first minus the second."""
 
     pair: tuple[str, str]
-    over_seeds: PairwiseTest
+    test: PairwiseTest
     over_text: Interval | None
-    verdict: str
-    corrected: float
+    conclusion: str
+    corrected_p: float
 
     @property
     def name(self) -> str:
@@ -114,75 +102,84 @@ class Comparison:
 
 
 class StudyAnalysis:
-    """All that a results folder says.
+    """All that the report of a study shows.
 
     Args:
-        folder: docs/results/NAME, or another that `study` has written.
+        folder: docs/results/NAME, or another directory that `study` has written.
 
     Raises:
-        InputError: If it holds no results of its study.
+        UserError: If it holds no complete results of its study.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        found = read(folder)
-        self.study: Study = read_study(folder / STUDY_FILE)
-        names = [name for name in self.study.configurations if any(result.name == name for result in found)]
-        self.groups = {
-            name: VariantResults(name, [result for result in found if result.name == name]) for name in names
-        }
-        if not names:
-            raise UserError(f"{folder}: none of its results are of a run that its {STUDY_FILE} names")
-        self.others = sorted({result.name for result in found} - set(names))
-        """Configurations that have results but are not in the study."""
+        self.study = read_study(folder / STUDY_FILE)
+        results, token_nll = read_results(folder), read_token_nll(folder)
+        groups = {name: [one for one in results if one.name == name] for name in self.study.variants}
+        self.groups = {n: VariantResults(n, group, token_nll[n]) for n, group in groups.items() if group}
+        if not self.groups:
+            raise UserError(f"{folder} holds no results of its study", remedy=f"run minigpt study, with --out {folder}")
+        for name, group in self.groups.items():
+            if set(group.token_nll.seeds.tolist()) != group.losses.keys():
+                problem = f"{folder} holds token losses of other seeds of {name} than results"
+                raise UserError(problem, remedy="run the study again, which completes them")
+        self.unnamed = sorted({result.name for result in results} - self.groups.keys())
+        """Variants that have results but are not in the study."""
         self.failed: dict[str, str] = read_json(folder / FAILED_FILE)
-        """Why each run failed that has failed and not succeeded since."""
-        of, stored = self.groups[names[0]].results[0], read_json(folder / BASELINES_FILE)
-        same = stored.get("data_sha256") == of.summary["data_sha256"] and all(
-            stored[part] == of.settings["data"][part] for part in ("train_frac", "test_frac")
+        """The reason of each run that failed and has no results since."""
+        first, stored = next(iter(self.groups.values())).results[0], read_json(folder / BASELINES_FILE)
+        same_text = stored.get("data_sha256") == first.summary["data_sha256"] and all(
+            stored[name] == first.config["data"][name] for name in ("train_frac", "test_frac")
         )
-        self.baselines: dict[str, Any] = stored["baselines"] if same else {}
-        """Of the text of the first configuration."""
+        self.baselines: dict[str, Any] = stored["baselines"] if same_text else {}
+        """Of the text of the first variant."""
 
     def ranked(self) -> list[VariantResults]:
         return sorted(self.groups.values(), key=lambda group: group.mean)
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
-        """Those that the study has named, in its order."""
-        pairs = [(self.group(one), self.group(other)) for one, other in self.study.comparisons]
-        seeds = [compare_seeds(*pair) for pair in pairs]
+        """The named comparisons, in the study's order."""
+        names = self.study.comparisons
+        tests = [compare_seeds(self.groups.get(a), self.groups.get(b)) for a, b in names]
+        texts = [self.compare_text(pair, test) for pair, test in zip(names, tests, strict=True)]
         return [
-            Comparison((a.name, b.name), found, compare_text(a, b, found), word, corrected)
-            for (a, b), found, (word, corrected) in zip(pairs, seeds, conclude(seeds), strict=True)
+            Comparison(pair, test, text, conclusion, corrected)
+            for pair, test, text, (conclusion, corrected) in zip(names, tests, texts, conclude(tests), strict=True)
         ]
 
-    def group(self, name: str) -> VariantResults:
-        """Of a configuration; without results where none has been run."""
-        return self.groups.get(name, VariantResults(name, []))
+    def compare_text(self, pair: tuple[str, str], test: PairwiseTest) -> Interval | None:
+        """The difference on the characters that both have scored, for the same seeds as in the test.
+
+        None if that is impossible: pairs need the same seeds on both sides, since only sums over seeds are stored.
+        """
+        if test.interval is None:
+            return None
+        one, other = (self.groups[name] for name in pair)
+        if test.is_paired and one.losses.keys() != other.losses.keys():
+            return None
+        a, b = one.token_nll.by_character(), other.token_nll.by_character()
+        length = min(len(a), len(b))
+        return block_bootstrap(a[:length] - b[:length])
+
+
+def compare_seeds(a: VariantResults | None, b: VariantResults | None) -> PairwiseTest:
+    """The difference between two variants over seeds, in pairs if equal seeds gave them the same batches."""
+    seeds = len(a.losses) if a else 0, len(b.losses) if b else 0
+    if a is None or b is None or a.results[0].eval_protocol() != b.results[0].eval_protocol():
+        return PairwiseTest(False, seeds)
+    return compare(a.losses, b.losses, a.results[0].batch_protocol() == b.results[0].batch_protocol())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a study has written in a file; {} where there is none."""
-    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return found
+    """The content of a file; {} if there is no file."""
+    content: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return content
 
 
-def compare_seeds(a: VariantResults, b: VariantResults) -> PairwiseTest:
-    """The difference between two configurations, in pairs where they saw the same batches."""
-    if not (a.results and b.results):
-        return compare(a.figures, b.figures, False)
-    one, other = a.results[0], b.results[0]
-    if one.scored_text() != other.scored_text():
-        return PairwiseTest(False, (len(a.figures), len(b.figures)), None, 1.0, None)
-    return compare(a.figures, b.figures, one.batches() == other.batches())
-
-
-def compare_text(a: VariantResults, b: VariantResults, found: PairwiseTest) -> Interval | None:
-    """The same difference, of the same seeds, on the characters that both have scored."""
-    if found.interval is None:
-        return None
-    common = a.figures.keys() & b.figures.keys()
-    one, other = (group.by_character(common if found.is_paired else group.figures) for group in (a, b))
-    length = min(len(one), len(other))
-    return block_bootstrap(one[:length] - other[:length])
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file, or removes it if the content is empty."""
+    if content:
+        atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())
+    else:
+        path.unlink(missing_ok=True)

@@ -1,253 +1,235 @@
-"""`minigpt report`: writes what the results of a study say, as index.md with pictures, from its results folder alone.
+"""`minigpt report`: writes report.md and its plots from the results folder of a study, and from nothing else.
 
-The numbers are computed in `findings`, the pictures drawn in `pictures`; nothing is trained or scored here.
+The numbers are computed in `analysis`, the plots are drawn in `plots`.
 """
 
 import html
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from minigpt_pl.experiments.analysis import Comparison, StudyAnalysis, VariantResults
+from minigpt_pl.experiments.analysis import StudyAnalysis, VariantResults
 from minigpt_pl.experiments.results import Result
 from minigpt_pl.experiments.spec import STUDY_FILE
 from minigpt_pl.experiments.statistics import MIN_SEEDS_COMPARISON, MIN_SEEDS_INTERVAL, Interval
 from minigpt_pl.runtime.atomic_io import atomic_write
 from minigpt_pl.runtime.errors import UserError
 
-INDEX = "index.md"
-ALIKE = 0.03
-"""Share by which two models' parameters may differ and still count as equally many."""
+REPORT_FILE = "report.md"
+EQUAL_SIZE = 0.03
+"""Relative difference in parameters up to which two models count as equally large."""
+Columns = dict[str, Callable[[Any], Any]]
+"""The columns of a table: the head of each, and what it shows of the item in a row."""
+
+INTRODUCTION = """\
+Written by `python main.py report docs/results/{name}` from the files beside it. Each run's own command is below. It
+belongs to the run's commit: options may have other names since. `docs/study.md` explains the numbers.
+"""
+RESULTS = f"""
+## Results
+
+Nats per character on the whole validation split, at the best evaluation of each run, mean over seeds. The best one was
+chosen on the same split. `sampled`: the SD that an evaluation on the run's `eval_iters` random batches would have.
+`total`, `active`: parameters. Then what one seed needed until it stopped: tokens, characters (tokens times their mean
+length), FLOPs and minutes (of training at the run's median speed, without evaluations; the median over seeds). `step`:
+of the best evaluation. SD and interval need {MIN_SEEDS_INTERVAL} seeds.
+"""
+DIFFERENCES = f"""
+## Differences
+
+These comparisons were named before anything ran. Pairs of runs share their batches; other groups are compared by
+Welch's test. `over seeds`: 95 % interval for another training on this text; `over text`: for another text with these
+models. `corrected`: p after Holm's correction for all named comparisons. Both sides need {MIN_SEEDS_COMPARISON} seeds,
+else the conclusion is "cannot tell". The last columns are ratios: the first variant divided by the second.
+"""
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
-    """A table in Markdown; all columns but the first are numbers."""
-    head = list(head)
-    yield f"| {' | '.join(head)} |"
-    yield "|---|" + "--:|" * (len(head) - 1)
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
+def render_table(columns: Columns, items: Iterable[Any]) -> Iterator[str]:
+    """The lines of a table with a row for each item; all columns but the first are aligned to the right."""
+    yield f"| {' | '.join(columns)} |"
+    yield "|---|" + "--:|" * (len(columns) - 1)
+    for item in items:
+        yield f"| {' | '.join(str(cell(item)) for cell in columns.values())} |"
 
 
-def between(interval: Interval | None, sign: str = "") -> str:
+def format_interval(interval: Interval | None, sign: str = "") -> str:
     return "" if interval is None else f"{interval.low:{sign}.4f} ... {interval.high:{sign}.4f}"
 
 
-def short(number: float) -> str:
-    """Three digits of a large number."""
+def format_large(number: float) -> str:
+    """A large number with three digits, such as 1.11 M."""
     number = float(f"{number:.3g}")
     power = max(0, int(math.log10(max(number, 1)) // 3))
     return f"{number / 1000**power:.3g}{['', ' k', ' M', ' G', ' T', ' P', ' E'][power]}"
 
 
-def p_value(p: float) -> str:
+def format_p(p: float) -> str:
     return f"{p:.4f}" if p >= 0.00005 else "< 0.0001"
 
 
-BUDGET = ("tokens", "characters", "FLOPs", "minutes")
+def format_commit(commit: str) -> str:
+    number, _, dirty = commit.partition("-")
+    return f"{number[:8]}{dirty and ' and changes'}"
 
 
-def budget(group: VariantResults) -> Iterator[str]:
-    """What the training of one seed took."""
-    yield short(group.of_summary("tokens_seen"))
-    yield short(group.characters)
-    yield short(group.flops)
-    yield f"{group.minutes:.1f}"
+def mean_of(name: str) -> Callable[[VariantResults], float]:
+    return lambda group: group.summary_mean(name)
 
 
-def results_table(report: StudyAnalysis) -> Iterator[str]:
-    head = ("run", "seeds", "nats/char", "SD", "95 % interval", "sampled", "total", "active", *BUDGET, "step")
-
-    def row(group: VariantResults) -> Iterator[str]:
-        yield f"`{group.name}`"
-        yield str(len(group.figures))
-        yield f"{group.mean:.4f}"
-        yield f"{group.spread[1]:.4f}" if group.spread else "cannot tell"
-        yield between(group.spread[0]) if group.spread else ""
-        yield f"{group.sampling_error:.4f}"
-        yield f"{group.of_summary('params_total'):,.0f}"
-        yield f"{group.of_summary('params_active'):,.0f}"
-        yield from budget(group)
-        yield f"{group.of_summary('best_step'):.0f}"
-
-    return table(head, map(row, report.ranked()))
-
-
-SHARES = ("total", "active", "characters", "FLOPs")
-
-
-def shares(a: VariantResults, b: VariantResults) -> Iterator[str]:
-    """What the first of two has or took, in units of the second."""
-    if not (a.results and b.results):
-        yield from [""] * len(SHARES)
-        return
-    for count in ("params_total", "params_active"):
-        yield f"{a.of_summary(count) / b.of_summary(count):.2f}"
-    yield f"{a.characters / b.characters:.2f}"
-    yield f"{a.flops / b.flops:.2f}"
-
-
-def differences_table(report: StudyAnalysis) -> Iterator[str]:
-    head = (
-        "difference", "seeds", "mean", "over seeds", "p", "corrected", "sign flips", "over text", "verdict", *SHARES
-    )  # fmt: skip
-
-    def row(found: Comparison) -> Iterator[str]:
-        seeds = found.over_seeds
-        yield f"`{found.name}`"
-        yield f"{seeds.seeds[0]} pairs" if seeds.is_paired else f"{seeds.seeds[0]} and {seeds.seeds[1]}"
-        yield f"{seeds.interval.mean:+.4f}" if seeds.interval else ""
-        yield between(seeds.interval, "+")
-        yield p_value(seeds.p) if seeds.has_enough else ""
-        yield p_value(found.corrected) if seeds.has_enough else ""
-        yield f"{seeds.flips[0]:.4f} (least {seeds.flips[1]:.4f})" if seeds.flips else ""
-        yield between(found.over_text, "+")
-        yield f"**{found.verdict}**"
-        yield from shares(*map(report.group, found.pair))
-
-    return table(head, map(row, report.comparisons))
+SIZES: dict[str, Callable[[VariantResults], float]] = {
+    "total": mean_of("params_total"),
+    "active": mean_of("params_active"),
+    "characters": lambda group: group.characters,
+    "FLOPs": lambda group: group.flops,
+}
+VARIANTS: Columns = {
+    "run": lambda group: f"`{group.name}`",
+    "seeds": lambda group: len(group.losses),
+    "nats/char": lambda group: f"{group.mean:.4f}",
+    "SD": lambda group: f"{group.spread[1]:.4f}" if group.spread else "cannot tell",
+    "95 % interval": lambda group: format_interval(group.spread[0] if group.spread else None),
+    "sampled": lambda group: f"{group.sampling_error:.4f}",
+    "total": lambda group: f"{SIZES['total'](group):,.0f}",
+    "active": lambda group: f"{SIZES['active'](group):,.0f}",
+    "tokens": lambda group: format_large(group.summary_mean("tokens_seen")),
+    "characters": lambda group: format_large(group.characters),
+    "FLOPs": lambda group: format_large(group.flops),
+    "minutes": lambda group: f"{group.minutes:.1f}",
+    "step": lambda group: f"{group.summary_mean('best_step'):.0f}",
+}
+COMPARISONS: Columns = {
+    "difference": lambda one: f"`{one.name}`",
+    "seeds": lambda one: f"{one.test.seeds[0]} pairs" if one.test.is_paired else "{} and {}".format(*one.test.seeds),
+    "mean": lambda one: f"{one.test.interval.mean:+.4f}" if one.test.interval else "",
+    "over seeds": lambda one: format_interval(one.test.interval, "+"),
+    "p": lambda one: format_p(one.test.p) if one.test.has_enough else "",
+    "corrected": lambda one: format_p(one.corrected_p) if one.test.has_enough else "",
+    "sign flips": lambda one: "{:.4f} (minimum {:.4f})".format(*one.test.flips) if one.test.flips else "",
+    "over text": lambda one: format_interval(one.over_text, "+"),
+    "conclusion": lambda one: f"**{one.conclusion}**",
+}
+RUNS: Columns = {
+    "run": lambda result: f"`{result}`",
+    "nats/char": lambda result: f"{result.summary['best_nats_per_char']:.4f}",
+    "best step": lambda result: result.summary["best_step"],
+    "steps": lambda result: result.summary["total_steps"],
+    "stopped": lambda result: result.summary["stop_reason"],
+    "minutes": lambda result: f"{result.minutes:.2f}",
+    "commit": lambda result: format_commit(result.summary["git_commit"] or ""),
+    "command": lambda result: f"`{result.command}`",
+}
 
 
-def experts(report: StudyAnalysis) -> Iterator[str]:
-    """Each mixture of experts beside the dense models of its size, by either count, also those of other budgets."""
-    dense = [group for group in report.ranked() if not group.has_experts]
+def ratios(get_pair: Callable[[Any], tuple[VariantResults | None, VariantResults | None]]) -> Columns:
+    """Columns of sizes and training budgets: the first variant divided by the second."""
 
-    def row(moe: VariantResults, words: str, other: VariantResults | None) -> Iterator[str]:
-        yield f"`{moe.name}`"
-        yield f"{moe.mean:.4f}"
-        yield words
-        yield f"`{other.name}`" if other else "not run"
-        yield f"{other.mean:.4f}" if other else ""
-        yield from shares(moe, other) if other else [""] * len(SHARES)
+    def cell(item: Any, size: Callable[[VariantResults], float]) -> str:
+        a, b = get_pair(item)
+        return f"{size(a) / size(b):.2f}" if a and b else ""
 
-    def rows() -> Iterator[Iterator[str]]:
-        for moe in (group for group in report.ranked() if group.has_experts):
-            for count, words in (("params_active", "as many active"), ("params_total", "as many in all")):
-                found = [group for group in dense if group.tokenizer == moe.tokenizer]
-                found = [one for one in found if abs(one.of_summary(count) / moe.of_summary(count) - 1) <= ALIKE]
-                yield from (row(moe, words, other) for other in found)
-                if not found:
-                    yield row(moe, words, None)
-
-    return table(("experts", "nats/char", "of which", "dense", "nats/char", *SHARES), rows())
+    return {name: partial(cell, size=size) for name, size in SIZES.items()}
 
 
-def samples(report: StudyAnalysis) -> Iterator[str]:
-    """What the first seed of each writes, three side by side; no line is blank, which would end the table."""
-    groups = report.ranked()
+def experts_table(study: StudyAnalysis) -> Iterator[str]:
+    """Each mixture of experts beside the dense models of its size, by either count, whatever their budget."""
+    rows: list[tuple[VariantResults, str, VariantResults | None]] = []
+    for moe in (group for group in study.ranked() if group.has_experts):
+        dense = [one for one in study.ranked() if not one.has_experts and one.tokenizer == moe.tokenizer]
+        for count in ("active", "total"):
+            size = SIZES[count]
+            equal = [one for one in dense if abs(size(one) / size(moe) - 1) <= EQUAL_SIZE]
+            rows += [(moe, count, one) for one in equal] or [(moe, count, None)]
+    columns: Columns = {
+        "experts": lambda row: f"`{row[0].name}`",
+        "nats/char": lambda row: f"{row[0].mean:.4f}",
+        "equal in": lambda row: f"{row[1]} parameters",
+        "dense": lambda row: f"`{row[2].name}`" if row[2] else "not run",
+        "its nats/char": lambda row: f"{row[2].mean:.4f}" if row[2] else "",
+    }
+    return render_table(columns | ratios(lambda row: (row[0], row[2])), rows)
+
+
+def samples(study: StudyAnalysis) -> Iterator[str]:
+    """A sample of each variant's first seed, three side by side; a blank line would end the table."""
+    firsts = [group.results[0] for group in study.ranked()]
     yield "<table>"
-    for begin in range(0, len(groups), 3):
-        three = [group.results[0] for group in groups[begin : begin + 3]]
-        yield "<tr>" + "".join(f"<th>{result.folder.name}</th>" for result in three) + "</tr>"
-        texts = (html.escape(result.sample.strip(), quote=False).replace("\n", "<br>") for result in three)
+    for row in (firsts[start : start + 3] for start in range(0, len(firsts), 3)):
+        yield "<tr>" + "".join(f"<th>{result}</th>" for result in row) + "</tr>"
+        texts = (html.escape(result.sample.strip(), quote=False).replace("\n", "<br>") for result in row)
         yield "<tr>" + "".join(f"<td valign=top>{text}</td>" for text in texts) + "</tr>"
     yield "</table>"
 
 
-def runs_table(report: StudyAnalysis) -> Iterator[str]:
-    head = ("run", "nats/char", "best step", "steps", "stopped", "minutes", "commit", "command")
+def render_report(study: StudyAnalysis, plots: Iterable[str]) -> str:
+    """The text of report.md."""
+    results = [result for group in study.groups.values() for result in group.results]
+    name = study.folder.resolve().name
 
-    def row(result: Result) -> Iterator[str]:
-        found = result.summary
-        yield f"[{result.folder.name}](runs/{result.folder.name})"
-        yield f"{found['best_nats_per_char']:.4f}"
-        yield f"{found['best_step']}"
-        yield f"{found['total_steps']}"
-        yield found["stop_reason"]
-        yield f"{result.minutes:.2f}"
-        commit, _, dirty = (found["git_commit"] or "").partition("-")
-        yield f"{commit[:8]}{dirty and ' and changes'}"
-        yield f"`{found['command']}`"
+    def distinct(get: Callable[[Result], Any]) -> str:
+        return "; ".join(sorted({str(get(result)) for result in results}))
 
-    return table(head, (row(result) for group in report.groups.values() for result in group.results))
-
-
-def render_report(report: StudyAnalysis, pictures: Iterable[str]) -> str:
-    """The text of index.md."""
-    everything = [result for group in report.groups.values() for result in group.results]
-    name = report.folder.resolve().name
-
-    def distinct(what: Callable[[Result], Any]) -> str:
-        return "; ".join(sorted({str(what(result)) for result in everything}))
-
-    missing = [name for name in report.study.configurations if name not in report.groups]
+    missing = [f"`{name}`" for name in study.study.variants if name not in study.groups]
     lines = [
         f"# {name}\n",
-        f"{report.study.content.get('description', '')}\n",
-        f"Written by `python main.py report {Path('docs/results') / name}` from the files beside it; each run's own "
-        "command is below, and is meant at its commit. `docs/study.md` says what the numbers mean.\n",
-        f"- machine: {distinct(lambda result: result.summary['machine'])}",
+        f"{study.study.content.get('description', '')}\n",
+        INTRODUCTION.format(name=name),
+        f"- machine: {distinct(lambda result: result.machine)}",
         f"- torch: {distinct(lambda result: result.summary['versions']['torch'])}",
-        f"- text, by its SHA-256: {distinct(lambda result: result.summary['data_sha256'][:16])}",
-        *([f"- not run: {', '.join(f'`{name}`' for name in missing)}"] if missing else []),
-        *([f"- left out, since the study does not name them: {', '.join(report.others)}"] if report.others else []),
-        *(f"- failed: `{name}`: {why}" for name, why in report.failed.items()),
-        "\n## Results\n",
-        "Nats per character of the whole validation part at the best check, which was chosen on that part, mean over "
-        "seeds; `sampled`: the SD that a check would have had by the run's `eval_iters` random batches in place of the "
-        "whole part; parameters, and what a seed took until it stopped (characters: tokens by their mean length; "
-        "minutes: of training at a run's median speed, checks aside, the median over seeds); the step of the best "
-        f"check. With fewer than {MIN_SEEDS_INTERVAL} seeds a spread cannot be told.\n",
-        *results_table(report),
+        f"- SHA-256 of the text: {distinct(lambda result: result.summary['data_sha256'][:16])}",
+        *([f"- not run: {', '.join(missing)}"] if missing else []),
+        *([f"- not shown, since the study does not name them: {', '.join(study.unnamed)}"] if study.unnamed else []),
+        *(f"- failed: `{name}`: {reason}" for name, reason in study.failed.items()),
+        RESULTS,
+        *render_table(VARIANTS, study.ranked()),
     ]
-    if report.baselines:
-        reached = ", ".join(f"{name} {found['nats_per_char']:.4f}" for name, found in report.baselines.items())
-        lines.append(f"\nWhat simple methods reach: {reached}.")
-    if report.comparisons:
-        lines += [
-            "\n## Differences\n",
-            "Named before anything ran. Pairs share their batches; other groups are compared by Welch's test. `over "
-            "seeds` is another training on this text, `over text` another text for these models. Corrected p: Holm, "
-            f"over all that were named. With fewer than {MIN_SEEDS_COMPARISON} seeds on either side: cannot tell. The "
-            "last columns: what the first of the two has or took, in units of the second.\n",
-            *differences_table(report),
-        ]
-    if any(group.has_experts for group in report.groups.values()):
-        lines += ["\n## Experts against dense models of equal size\n", *experts(report)]
-    for picture in pictures:
-        lines.append(f"\n![{Path(picture).stem}]({picture})")
-    lines += ["\n## What they write\n", *samples(report), "\n## Every run\n", *runs_table(report)]
+    if study.baselines:
+        values = ", ".join(f"{name} {values['nats_per_char']:.4f}" for name, values in study.baselines.items())
+        lines.append(f"\nBaselines: {values}.")
+    if study.comparisons:
+        columns = COMPARISONS | ratios(lambda one: (study.groups.get(one.pair[0]), study.groups.get(one.pair[1])))
+        lines += [DIFFERENCES, *render_table(columns, study.comparisons)]
+    if any(group.has_experts for group in study.groups.values()):
+        lines += ["\n## Experts and dense models of equal size\n", *experts_table(study)]
+    lines += [f"\n![{Path(plot).stem}]({plot})" for plot in plots]
+    lines += ["\n## Samples\n", *samples(study), "\n## All runs\n", *render_table(RUNS, results)]
     return "\n".join(lines) + "\n"
 
 
-def overview(report: StudyAnalysis) -> str:
-    """The same in a few lines for a terminal."""
-    wide = max(len(name) for name in [*report.groups, *(found.name for found in report.comparisons)])
-    lines = [f"{'':{wide}}  seeds  nats/char      SD  95 % interval"]
-    for group in report.ranked():
-        tail = f"{group.spread[1]:.4f}  {between(group.spread[0])}" if group.spread else "cannot tell: too few seeds"
-        lines.append(f"{group.name:{wide}}  {len(group.figures):5}  {group.mean:9.4f}  {tail}")
-    for found in report.comparisons:
-        seeds, interval = found.over_seeds, found.over_seeds.interval
-        if interval is not None:
-            shown = (
-                f"{found.name:{wide}}  {min(seeds.seeds):5}  {interval.mean:+9.4f}          {between(interval, '+')}"
-            )
-            kind = "paired" if seeds.is_paired else "unpaired"
-            lines.append(f"{shown}  {kind}, p {seeds.p:.3f}: {found.verdict}")
-    return "\n".join(lines)
+def overview(study: StudyAnalysis) -> str:
+    """The most important columns for a terminal."""
+    lines = []
+    for columns, items in (
+        ([*VARIANTS.items()][:5], study.ranked()),
+        ([*COMPARISONS.items()][:4] + [*COMPARISONS.items()][-1:], study.comparisons),
+    ):
+        rows = [[head for head, _ in columns]] + [
+            [str(cell(item)).strip("`*") for _, cell in columns] for item in items
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows if items] + [""]
+    return "\n".join(lines).strip()
 
 
 def run(command: str, options: list[str]) -> int:
-    """Writes index.md and the pictures of a results folder."""
+    """Writes report.md and the plots of a results folder."""
     parser = ArgumentParser(prog=f"minigpt {command}", exit_on_error=False, description=__doc__)
     parser.add_argument("folder", type=str, help="A results folder, such as docs/results/journey.")
     folder = Path(parser.parse_args(options).folder)
     if not (folder / STUDY_FILE).is_file():
         raise UserError(
-            f"report {folder}: it holds no {STUDY_FILE}: name a results folder that minigpt study has written"
+            f"report {folder}: it holds no {STUDY_FILE}", remedy="name a folder that minigpt study has written"
         )
     for module in ("scipy", "matplotlib"):
         if find_spec(module) is None:
-            raise UserError(f'a report needs {module}: pip install "minigpt_pl[study]"')
+            raise UserError(f"a report needs {module}", remedy='pip install "minigpt_pl[study]"')
     from minigpt_pl.experiments.plots import draw_plots  # matplotlib is slow to import
 
-    report = StudyAnalysis(folder)
-    atomic_write(folder / INDEX, render_report(report, draw_plots(report)).encode())
-    print(overview(report))
-    print(f"\n{folder / INDEX}")
+    study = StudyAnalysis(folder)
+    atomic_write(folder / REPORT_FILE, render_report(study, draw_plots(study)).encode())
+    print(f"{overview(study)}\n\n{folder / REPORT_FILE}")
     return 0

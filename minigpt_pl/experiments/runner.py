@@ -1,9 +1,8 @@
-"""`minigpt study`: carries out the runs of a study file, each in a process of its own, until all are done.
+"""`minigpt study`: executes the runs of a study file, each in its own process, and stores their results.
 
-What a study file plans is in `plans`, what a run leaves for the report in `results`, what these say in `report`.
+The plan of a study is in `spec`, the stored results in `results`, the report in `report`.
 """
 
-import json
 import os
 import platform
 import shlex
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,257 +19,190 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
-from minigpt_pl.checkpoint.io import LAST_CKPT
 from minigpt_pl.cli.help import silence_libraries
 from minigpt_pl.data.baselines import MAX_BASELINE_CHARACTERS, compute_baselines
-from minigpt_pl.experiments import results
-from minigpt_pl.experiments.analysis import StudyAnalysis, read_json
+from minigpt_pl.experiments import spec
+from minigpt_pl.experiments.analysis import StudyAnalysis, read_json, write_json
 from minigpt_pl.experiments.report import overview
-from minigpt_pl.experiments.spec import (
-    BASELINES_FILE,
-    FAILED_FILE,
-    Run,
-    find_study,
-    plan,
-    read_study,
-    save_study,
-    stats_of_text,
-)
+from minigpt_pl.experiments.results import Result, add_result, datamodule_of, measure, read_results, strip_paths
 from minigpt_pl.runtime import signals
-from minigpt_pl.runtime.atomic_io import atomic_write
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
+from minigpt_pl.training.progress import format_duration
 
-REPORT_INTERVAL = 300.0
-"""Seconds without news after which a line says how far the runs are."""
-POLL_INTERVAL = 0.2
-
-
-class Progress:
-    """What is said while a study runs, and how long it may still take."""
-
-    def __init__(self, runs: list[Run], jobs: int):
-        self.runs, self.jobs = runs, jobs
-        self.taken: dict[str, list[float]] = {}  # seconds of whole runs, by configuration
-        self.ended = 0
-        self._said_at = 0.0
-
-    def end(self, run: Run, seconds: float | None) -> None:
-        self.ended += 1
-        if seconds:
-            self.taken.setdefault(run.name, []).append(seconds)
-
-    def whole(self, run: Run, running: list["RunProcess"]) -> float | None:
-        """Seconds that a run takes: as others of its configuration did, else at the pace of one under way."""
-        if known := self.taken.get(run.name):
-            return sum(known) / len(known)
-        paces = [pace for one in running if one.run.name == run.name and (pace := one.seconds_a_step())]
-        return run.max_steps * paces[0] if paces else None
-
-    def left(self, waiting: list[Run], running: list["RunProcess"]) -> str:
-        """The time that all runs may still take; one of which nothing is known takes as long as the others."""
-        runs = [*waiting, *(one.run for one in running)]
-        shares = [(whole, 1 - run.steps() / run.max_steps) for run in runs if (whole := self.whole(run, running))]
-        if not shares:
-            return "time left not known yet"
-        seconds = sum(whole * max(0.0, share) for whole, share in shares) * len(runs) / len(shares)
-        return f"about {format_duration(seconds / min(self.jobs, len(runs)))} left"
-
-    def say(self, what: str, waiting: list[Run], running: list["RunProcess"]) -> None:
-        self._said_at = time.monotonic()
-        left = f"; {self.left(waiting, running)}" if waiting or running else ""
-        print_line(f"[{self.ended}/{len(self.runs)}] {what}{left}")
-
-    def is_due(self) -> bool:
-        return time.monotonic() - self._said_at > REPORT_INTERVAL
+REPORT_INTERVAL = 300.0  # seconds without other output after which the progress is printed
 
 
-class RunProcess:
-    """A run's process. It stands in a session of its own: what the terminal sends reaches it once, through us."""
-
-    def __init__(self, run: Run, threads: int):
-        self.run = run
-        run.run_dir.parent.mkdir(parents=True, exist_ok=True)
-        self.log = run.run_dir.with_name(f"{run}.log")
-        self.began, self.first = time.monotonic(), run.steps()
-        home = str(Path(__file__).parents[2])  # also of a checkout that is not installed
-        path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "minigpt_pl", "fit", *run.command()],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path},
-            )  # fmt: skip
-
-    def seconds_a_step(self) -> float | None:
-        done = self.run.steps() - self.first
-        return (time.monotonic() - self.began) / done if done > 0 else None
-
-    def problem(self) -> str:
-        """Why it failed, in its own last words."""
-        lines = self.log.read_text("utf-8", "replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-        return f"{last.strip()} (exit status {self.process.returncode}; {self.log})"
-
-
-def run_all(runs: list[Run], done: list[Run], jobs: int, finish: Callable[[Run], None]) -> dict[str, tuple[int, str]]:
-    """Runs what is not done, so many at a time; a signal stops all of them cleanly.
+class Runner:
+    """Executes runs, several at a time.
 
     Args:
-        runs: In order.
-        done: Those that have results already.
+        runs: In order of execution.
         jobs: Processes at a time; they share the cores.
-        finish: Called when a run has ended.
-
-    Returns:
-        Of each run that failed, its exit status and why.
+        store: Stores the result of a run that has ended, and returns it. It is called in the main thread.
     """
-    threads = max(1, cpu_count() // jobs)
-    progress, failed, running = Progress(runs, jobs), dict[str, tuple[int, str]](), list[RunProcess]()
 
-    def end(run: Run, what: str) -> None:
+    def __init__(self, runs: list[spec.Run], jobs: int, store: Callable[[spec.Run], Result]):
+        self.runs, self.jobs, self.store = runs, jobs, store
+        self.failed: dict[str, tuple[int, str]] = {}
+        """Exit status and reason of each run that failed."""
+        self.remaining = list(runs)
+        self.processes: dict[spec.Run, subprocess.Popen[bytes]] = {}
+        self.began = self.printed = time.monotonic()
+        self.steps_before = sum(run.steps() for run in runs)
+
+    def run(self) -> None:
+        """Returns when all runs have ended, or when a signal has stopped them."""
+        signals.exit_hooks.append(self.terminate)
+        signals.defer(True)
+        pool, signalled = ThreadPoolExecutor(self.jobs), set[spec.Run]()
+        futures = {pool.submit(self.train, run): run for run in self.runs}
         try:
-            finish(run)
-        except UserError as error:
-            fail(run, 2, str(error))
-            return
-        summary = results.Result(run.folder).summary
-        progress.end(run, summary["wall_seconds"])
-        figure = f"{summary['best_nats_per_char']:.4f} nats/char at step {summary['best_step']}"
-        progress.say(f"{run} {what}: {figure}, {format_duration(summary['wall_seconds'])}", waiting, running)
+            while futures:
+                for future in wait(futures, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                    self.finish(futures.pop(future), *future.result())
+                running = {run: process for run, process in [*self.processes.items()] if process.returncode is None}
+                if (number := signals.pending_signal) is not None:
+                    for run in running.keys() - signalled:  # a second signal would end a run without a checkpoint
+                        running[run].send_signal(number)
+                        signalled.add(run)
+                elif time.monotonic() - self.printed > REPORT_INTERVAL:
+                    self.print(", ".join(f"{run} at step {run.steps()}" for run in running))
+        finally:
+            self.terminate()
+            pool.shutdown(cancel_futures=True)
+            signals.exit_hooks.remove(self.terminate)
 
-    def fail(run: Run, status: int, why: str) -> None:
-        failed[str(run)] = (status, why)
-        progress.end(run, None)
-        progress.say(f"{run} FAILED: {why}", waiting, running)
+    def train(self, run: spec.Run) -> tuple[int, str]:
+        """Trains one run, in a thread that waits for its process; returns the exit status and, if it failed, why."""
+        if run.has_ended() or signals.pending_signal is not None:
+            return 0, ""
+        self.print(f"{run} {'resumes' if run.can_resume else 'starts'}")
+        log = run.run_dir.with_name(f"{run}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        package = str(Path(__file__).parents[2])  # also of a checkout that is not installed
+        path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+        with log.open("ab") as file:  # in its own session, Ctrl-C reaches it once, through this process
+            process = self.processes[run] = subprocess.Popen(
+                [sys.executable, "-m", "minigpt_pl", "fit", *run.fit_args()],
+                stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads_of(self.jobs)), "PYTHONPATH": path},
+            )  # fmt: skip
+        status = process.wait()
+        if status == 0 and run.has_ended():
+            return 0, ""
+        lines = log.read_text("utf-8", "replace").rstrip().split("\n")
+        reason = f"{lines[-1].strip()} (exit status {status}; {log})"
+        return 128 - status if status < 0 else status or 1, reason
 
-    def leave_no_process() -> None:
-        for one in running:
-            one.process.terminate()
+    def finish(self, run: spec.Run, status: int, reason: str) -> None:
+        """Stores the result of a run, or reports its failure."""
+        if signals.pending_signal is not None and not run.has_ended():
+            return  # the same command resumes it
+        self.remaining.remove(run)
+        if status == 0:
+            try:
+                summary = self.store(run).summary
+            except UserError as error:
+                status, reason = 2, str(error)
+        if status:
+            self.failed[str(run)] = status, reason
+            self.print(f"{run} FAILED: {reason}")
+        else:
+            loss = f"{summary['best_nats_per_char']:.4f} nats/char at step {summary['best_step']}"
+            self.print(f"{run} done: {loss}, {format_duration(summary['wall_seconds'])}")
 
-    waiting = [run for run in runs if run not in done]
-    for run in done:
-        progress.end(run, results.Result(run.folder).summary["wall_seconds"])
-    if progress.ended:
-        progress.say("done before", waiting, running)
-    signals.exit_hooks.append(leave_no_process)
-    signals.defer(True)
-    told = False
-    try:
-        while running or waiting and signals.pending_signal is None:
-            while waiting and len(running) < jobs and signals.pending_signal is None:
-                run = waiting.pop(0)
-                if run.has_ended():
-                    end(run, "had ended")
-                    continue
-                resuming = (run.run_dir / LAST_CKPT).is_file()
-                running.append(RunProcess(run, threads))
-                progress.say(f"{run} {'goes on' if resuming else 'begins'}", waiting, running)
-            if signals.pending_signal is not None and not told:
-                told = True
-                for one in running:
-                    one.process.send_signal(signals.pending_signal)
-            for one in [one for one in running if one.process.poll() is not None]:
-                running.remove(one)
-                if one.process.returncode == 0 and one.run.has_ended():
-                    end(one.run, "done")
-                elif signals.pending_signal is None:
-                    status = one.process.returncode
-                    fail(one.run, 128 - status if status < 0 else status or 1, one.problem())
-            if progress.is_due() and running:
-                far = ", ".join(f"{one.run} at step {one.run.steps()}" for one in running)
-                progress.say(far, waiting, running)
-            time.sleep(POLL_INTERVAL)
-    finally:
-        leave_no_process()
-        signals.exit_hooks.remove(leave_no_process)
-    return failed
+    def terminate(self) -> None:
+        for process in [*self.processes.values()]:
+            process.terminate()
 
-
-def cpu_count() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def describe_machine(jobs: int) -> str:
-    """Where the runs of a study ran, in words."""
-    device = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    threads = max(1, cpu_count() // jobs)
-    return (
-        f"{device}CPU cores: {cpu_count()} ({platform.machine()}), runs at a time: {jobs}, threads of each: {threads}"
-    )
-
-
-def format_duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+    def print(self, message: str) -> None:
+        """A line with the number of ended runs and, from the steps per second so far, the time left."""
+        self.printed, time_left = time.monotonic(), ""
+        if self.remaining:
+            done = sum(run.steps() for run in self.runs) - self.steps_before
+            left = sum(run.max_steps - run.steps() for run in self.remaining)
+            seconds = (self.printed - self.began) / done * left if done > 0 else None
+            time_left = f"; about {format_duration(seconds)} left" if seconds is not None else "; time left unknown"
+        print_line(f"[{len(self.runs) - len(self.remaining)}/{len(self.runs)}] {message}{time_left}")
 
 
 def print_line(line: str) -> None:
-    with suppress(OSError):  # a study outlives whoever reads what it prints
-        print(line, flush=True)
+    with suppress(OSError):  # the study continues when the reader of its output has gone
+        print(f"{line}\n", end="", flush=True)  # one write, since threads print too
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes what the report reads with the results; no file where there is nothing."""
-    if content:
-        atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())
-    else:
-        path.unlink(missing_ok=True)
+def threads_of(jobs: int) -> int:
+    """Threads of each of several processes that share the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // jobs)
 
 
-def baselines_of(runs: list[Run]) -> dict[str, Any]:
-    """n-gram and xz floors of the text that the runs share, with its hash and shares; {} for a long text."""
-    text = runs[0].settings["data"]
-    if stats_of_text(runs[0].settings).characters > MAX_BASELINE_CHARACTERS:
+def describe_machine(jobs: int) -> str:
+    device = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    cores = f"CPU cores: {threads_of(1)} ({platform.machine()})"
+    return f"{device}{cores}, runs at a time: {jobs}, threads of each: {threads_of(jobs)}"
+
+
+def baselines_of(run: spec.Run) -> dict[str, Any]:
+    """n-gram and xz baselines of a run's text, with its hash and split; {} for a long text."""
+    data, text = run.config["data"], datamodule_of(run.config).text_stats
+    if text.characters > MAX_BASELINE_CHARACTERS:
         return {}
-    split = {name: text[name] for name in ("train_frac", "test_frac")}
-    return {"data_sha256": runs[0].data_sha256, **split, "baselines": compute_baselines(text["path"], **split)}
+    split = {name: data[name] for name in ("train_frac", "test_frac")}
+    return {"data_sha256": text.sha256, **split, "baselines": compute_baselines(data["path"], **split)}
 
 
-def parser_of(command: str) -> ArgumentParser:
+def build_parser(command: str) -> ArgumentParser:
     parser = ArgumentParser(prog=f"minigpt {command}", exit_on_error=False, description=__doc__)
-    parser.add_argument("file", type=str, help="A study file, or a shipped one such as ladder.")
+    parser.add_argument("file", type=str, help="A study file, or the name of a shipped study such as ablations.")
     parser.add_argument("--seeds", type=int | None, default=None, help="Seeds of each run; else as the study says.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time, which share the cores.")
     parser.add_argument("--only", type=str, nargs="+", default=[], help="Names of the runs to do; else all.")
-    parser.add_argument("--out", type=str, default="", help="Where results go; docs/results/NAME unless given.")
-    parser.add_argument("--run_dir", type=str, default="", help="Where runs train; runs/NAME unless given.")
+    parser.add_argument("--out", type=str, default="", help="Directory of the results; default docs/results/NAME.")
+    parser.add_argument("--run_dir", type=str, default="", help="Parent of the run directories; default runs/NAME.")
     return parser
 
 
 def run(command: str, options: list[str]) -> int:
-    """Runs a study, or goes on with it; prints what its results say so far."""
-    said = parser_of(command).parse_args(options)
-    for name, value in (("seeds", said.seeds), ("jobs", said.jobs)):
+    """Runs or resumes a study, and prints its results so far; returns the exit status."""
+    args = build_parser(command).parse_args(options)
+    for name, value in (("seeds", args.seeds), ("jobs", args.jobs)):
         if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: it must be at least 1")
+            raise UserError("it must be at least 1", option=f"--{name}", value=value)
     silence_libraries()
-    study = read_study(find_study(said.file))
-    out = Path(said.out or f"docs/results/{study.name}")
-    runs = plan(study, out, Path(said.run_dir or f"runs/{study.name}"), said.seeds, said.only)
-    done = [run for run in runs if run.is_done()]  # which refuses what has other settings: before anything is written
-    save_study(study, out)
-    where = describe_machine(said.jobs)
-    torch.set_num_threads(max(1, cpu_count() // said.jobs))
+    study = spec.read_study(spec.find_study(args.file))
+    out = Path(args.out or f"docs/results/{study.name}")
+    runs = spec.plan(study, out, Path(args.run_dir or f"runs/{study.name}"), args.seeds, args.only)
+    stored = {str(result): result for result in read_results(out)}
+    for one in runs:  # before anything is written
+        one.check(stored.get(str(one)))
+    spec.save_study(study, out)
+    if not (out / spec.BASELINES_FILE).exists():
+        write_json(out / spec.BASELINES_FILE, baselines_of(runs[0]))
+    machine = describe_machine(args.jobs)
+    torch.set_num_threads(threads_of(args.jobs))
 
-    def finish(run: Run) -> None:
-        given = shlex.join(["minigpt", "fit", *run.words, "--seed_everything", str(run.seed)])
-        results.write_result(run.run_dir, run.folder, {"command": results.strip_paths_in_text(given), "machine": where})
+    def store(run: spec.Run) -> Result:
+        fit = shlex.join(["minigpt", "fit", *run.args, "--seed_everything", str(run.seed)])
+        result, nll = measure(run.run_dir, run.name, run.seed, fit, machine)
+        add_result(out, result, nll)
+        return result
 
-    if not (out / BASELINES_FILE).exists():
-        write_json(out / BASELINES_FILE, baselines_of(runs))
-    failed = run_all(runs, done, said.jobs, finish)
-    why = read_json(out / FAILED_FILE) | {name: results.strip_paths_in_text(why) for name, (_, why) in failed.items()}
-    write_json(out / FAILED_FILE, {name: words for name, words in why.items() if not (out / "runs" / name).is_dir()})
-    if (number := signals.pending_signal) is None:
+    todo = [run for run in runs if str(run) not in stored]
+    if len(todo) < len(runs):
+        print_line(f"{len(runs) - len(todo)} of {len(runs)} runs have results already")
+    runner = Runner(todo, args.jobs, store)
+    runner.run()
+    finished = {str(result) for result in read_results(out)}
+    failed = read_json(out / spec.FAILED_FILE) | {name: strip_paths(why) for name, (_, why) in runner.failed.items()}
+    write_json(out / spec.FAILED_FILE, {name: why for name, why in failed.items() if name not in finished})
+    number = signals.pending_signal
+    if number is None and finished and find_spec("scipy"):
         signals.defer(False)
-        if find_spec("scipy") and any((out / "runs").glob("*")):
-            print_line(f"\n{overview(StudyAnalysis(out))}\n\npictures and tables: minigpt report {out}")
-    for name, (_, words) in failed.items():
-        rank_zero_print(f"failed: {name}: {words}")
+        print_line(f"\n{overview(StudyAnalysis(out))}\n\nfor tables and plots: minigpt report {out}")
+    for name, (_, reason) in runner.failed.items():
+        rank_zero_print(f"failed: {name}: {reason}")
     if number is not None:
-        print_line(f"stopped; the same command goes on: minigpt {command} {shlex.join(options)}")
+        print_line(f"stopped; the same command resumes the study: minigpt {command} {shlex.join(options)}")
         return 128 + number
-    return next((status for status, _ in failed.values()), 0)
+    return next((status for status, _ in runner.failed.values()), 0)

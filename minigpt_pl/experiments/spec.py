@@ -1,10 +1,10 @@
-"""A study file, and the runs that it plans: each configuration with each of its seeds, and how far each of them is.
+"""The study file and its plan: every variant with each of its seeds, and the state of each planned run.
 
-How they are run is in `study`, what a run leaves in `results`.
+`runner` executes the runs, `results` stores what they leave.
 """
 
 import json
-import os
+import re
 import shlex
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,10 +17,7 @@ import yaml
 from minigpt_pl.checkpoint.io import LAST_CKPT
 from minigpt_pl.cli.app import MiniGPTCLI
 from minigpt_pl.cli.options import CONFIGS, resolve_config_names, user_options
-from minigpt_pl.data.corpus import TextStats, read_stats
-from minigpt_pl.data.datamodule import TextDataModule
-from minigpt_pl.data.token_cache import cache_dir
-from minigpt_pl.experiments import results
+from minigpt_pl.experiments.results import RUNS_FILE, Result, datamodule_of, run_differences, strip_paths
 from minigpt_pl.experiments.statistics import MAX_COMPARISONS, MIN_SEEDS_COMPARISON
 from minigpt_pl.runtime.atomic_io import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, atomic_write
 from minigpt_pl.runtime.errors import UserError
@@ -28,57 +25,52 @@ from minigpt_pl.training.summary import NORMAL_STOPS
 
 DEFAULT_FIRST_SEED, DEFAULT_SEEDS = 1337, 5
 STUDY_FILE, BASELINES_FILE, FAILED_FILE = "study.yaml", "baselines.json", "failed.json"
+STUDY_KEYS = ("description", "base_args", "seeds", "runs", "comparisons")
 RESERVED_OPTIONS = ("run_dir", "ckpt_path", "seed_everything")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A line of a study file's `runs`: what `fit` is given, and the first of its seeds."""
+    """An entry of a study file's `runs`: the arguments of `fit`, and the first seed."""
 
-    words: list[str]
-    first_seed: int = DEFAULT_FIRST_SEED
+    args: list[str]
+    first_seed: int
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study file.
-
-    Args:
-        name: The file's name.
-        content: As it stands there.
-        configurations: By their names.
-        comparisons: Pairs of names, of which the second is taken from the first; named before anything runs.
-        seeds: Of each configuration, or None: enough for a comparison where it takes part in one.
-    """
+    """A study file: its name and content, and what they mean."""
 
     name: str
     content: dict[str, Any]
-    configurations: dict[str, Variant]
+    variants: dict[str, Variant]
     comparisons: list[tuple[str, str]]
+    """The first minus the second of each pair; named before anything runs."""
     seeds: int | None
+    """Of each variant; None for the default."""
 
     def seeds_of(self, name: str) -> int:
         is_compared = any(name in pair for pair in self.comparisons)
         return self.seeds or (MIN_SEEDS_COMPARISON if is_compared else DEFAULT_SEEDS)
 
 
-def find_study(said: str) -> Path:
-    """The file, or the shipped one of that name."""
+def find_study(name: str) -> Path:
+    """The study file of that path, or the shipped study of that name."""
     shipped = CONFIGS / "studies"
-    for path in (Path(said), shipped / said, shipped / f"{said}.yaml"):
+    for path in (Path(name), shipped / name, shipped / f"{name}.yaml"):
         if path.is_file():
             return path
     known = sorted(path.stem for path in shipped.glob("*.yaml"))
-    near = get_close_matches(said, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(known)}"
-    raise UserError(f"study {said}: there is no such file; {hint}")
+    near = get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"the shipped studies are {', '.join(known)}"
+    raise UserError(f"study {name}: the file does not exist; {hint}")
 
 
 def read_study(path: Path) -> Study:
     """Reads a study file.
 
     Raises:
-        InputError: If it is no study.
+        UserError: If it is not a study.
     """
 
     def refuse(problem: str) -> NoReturn:
@@ -90,198 +82,158 @@ def read_study(path: Path) -> Study:
         refuse(f"it cannot be read as YAML ({getattr(error, 'problem', None) or error})")
     if not isinstance(content, dict) or not isinstance(content.get("runs"), dict) or not content["runs"]:
         refuse("it needs runs: a name and the options of fit for each, such as  wide: -c moe --model.n_embd 256")
-    if unknown := content.keys() - {"description", "base_args", "seeds", "runs", "comparisons"}:
-        refuse(
-            f"{', '.join(sorted(map(str, unknown)))}: it may hold description, base_args, seeds, runs and comparisons"
-        )
+    if unknown := content.keys() - set(STUDY_KEYS):
+        refuse(f"the key {min(map(str, unknown))} is unknown; the keys are {', '.join(STUDY_KEYS)}")
     seeds = content.get("seeds")
     if seeds is not None and not (isinstance(seeds, int) and seeds >= 1):
         refuse(f"seeds is {seeds}: it must be at least 1")
-    configurations = {}
-    for name, line in content["runs"].items():
-        line = {"fit": line} if isinstance(line, str | None) else line
-        if not isinstance(name, str) or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
-            refuse(f"runs: {name} is no name: give letters, digits, - and _")
-        if not isinstance(line, dict) or line.keys() - {"fit", "first_seed"}:
+    variants = {}
+    for name, entry in content["runs"].items():
+        entry = {"fit": entry} if isinstance(entry, str | None) else entry
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", str(name)):
+            refuse(f"runs: {name} is not a valid name: use letters, digits, - and _")
+        if not isinstance(entry, dict) or entry.keys() - {"fit", "first_seed"}:
             refuse(f"runs: {name}: give the options of fit, or fit: and first_seed:")
-        first, options = (
-            line.get("first_seed", DEFAULT_FIRST_SEED),
-            f"{content.get('base_args') or ''} {line.get('fit') or ''}",
-        )
+        first = entry.get("first_seed", DEFAULT_FIRST_SEED)
         if not isinstance(first, int) or not 0 <= first < 2**31:
-            refuse(f"runs: {name}: first_seed is {first}: it must be a number from 0 on, below 2^31")
+            refuse(f"runs: {name}: first_seed is {first}: it must be an integer of at least 0 and below 2^31")
+        options = f"{content.get('base_args') or ''} {entry.get('fit') or ''}"
         try:
-            configurations[name] = Variant(shlex.split(options), first)
+            variants[str(name)] = Variant(shlex.split(options), first)
         except ValueError as error:
-            refuse(f"runs: {name}: {options.strip()} cannot be cut into words ({error})")
-    comparisons, named = [], content.get("comparisons") or []
-    if not isinstance(named, list):
-        refuse(f"comparisons is {named}: it must be a list, such as  - wide - narrow")
-    for said in named:
-        pair = tuple(str(said).split(" - "))
-        if len(pair) != 2 or not set(pair) <= configurations.keys():
-            refuse(f"comparisons: {said}: write the names of two runs, such as {' - '.join(list(configurations)[:2])}")
-        comparisons.append((pair[0], pair[1]))
+            refuse(f"runs: {name}: {options.strip()} cannot be split into arguments ({error})")
+    comparisons, entries = [], content.get("comparisons") or []
+    if not isinstance(entries, list):
+        refuse(f"comparisons is {entries}: it must be a list, such as  - wide - narrow")
+    for entry in entries:
+        first, _, second = str(entry).partition(" - ")
+        if not {first, second} <= variants.keys():
+            refuse(f"comparisons: {entry}: write the names of two runs, such as {' - '.join(list(variants)[:2])}")
+        comparisons.append((first, second))
     if len(comparisons) > MAX_COMPARISONS:
-        refuse(f"{len(comparisons)} comparisons are named, and more than {MAX_COMPARISONS} could find nothing")
-    return Study(path.stem, content, configurations, comparisons, seeds)
+        refuse(f"it names {len(comparisons)} comparisons: with more than {MAX_COMPARISONS} nothing can be found")
+    return Study(path.stem, content, variants, comparisons, seeds)
 
 
 class DryRunCLI(MiniGPTCLI):
-    """The settings of a fit, of which nothing is built."""
+    """Resolves the configuration of a `fit`, and stops before anything is built."""
+
+    class Resolved(Exception):
+        """Leaves LightningCLI."""
 
     def instantiate_classes(self) -> None:
-        raise _Resolved(self.settings)
+        raise self.Resolved(self.resolved)
 
 
-class _Resolved(Exception):
-    pass
-
-
-def resolve_config(words: list[str]) -> dict[str, Any]:
-    """The whole configuration that `fit` would have with these words.
+def resolve_config(args: list[str]) -> dict[str, Any]:
+    """The whole configuration that `fit` would have with these arguments.
 
     Raises:
-        InputError: If it would refuse them, or they say what a study decides.
+        UserError: If `fit` would refuse them, or one of them is decided by the study.
     """
-    for one in user_options(resolve_config_names(words)):
-        if one.name in RESERVED_OPTIONS and not one.file:
-            raise UserError(f"{one}: a study decides it; leave it out")
-    before = dict(os.environ)
+    for option in user_options(resolve_config_names(args)):
+        if option.name in RESERVED_OPTIONS and not option.file:
+            raise UserError(f"{option}: the study decides it", remedy="remove the option")
     try:
-        DryRunCLI("fit", words)
-    except _Resolved as found:
-        settings: dict[str, Any] = found.args[0]
-        return settings
-    finally:  # what a run tells its other processes is not for the runs of a study
-        os.environ.clear()
-        os.environ.update(before)
-    raise AssertionError("a plan was carried out")
+        DryRunCLI("fit", args)
+    except DryRunCLI.Resolved as resolved:
+        config: dict[str, Any] = resolved.args[0]
+        return config
+    raise AssertionError("a dry run started a fit")
 
 
-def stats_of_text(settings: dict[str, Any]) -> TextStats:
-    """The text that a configuration reads."""
-    data = TextDataModule(settings["data"]["path"], 1, 1, 1)
-    return read_stats(data.resolve_path(), cache_dir())
-
-
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Run:
-    """One configuration with one seed.
-
-    Args:
-        name: Of the configuration.
-        seed: Of the run.
-        words: What `fit` is given.
-        settings: What these resolve to.
-        data_sha256: Of its text.
-        run_dir: Where it trains.
-        folder: Where its results go.
-    """
+    """A variant with one seed: arguments of `fit`, and the configuration that they resolve to."""
 
     name: str
+    """Of the variant."""
     seed: int
-    words: list[str]
-    settings: dict[str, Any]
+    args: list[str]
+    config: dict[str, Any]
     data_sha256: str
     run_dir: Path
-    folder: Path
+    group: str
+    """In W&B."""
 
     def __str__(self) -> str:
-        return self.folder.name
+        return f"{self.name}-{self.seed}"
 
-    def is_done(self) -> bool:
-        """Whether its results are there.
-
-        Raises:
-            InputError: If the results, or the run directory, are those of another run.
-        """
-        done = (self.folder / SUMMARY_FILE).is_file()
-        if done:
-            found = results.Result(self.folder)
-            problems = list(results.run_differences(found.settings, results.strip_paths(self.settings)))
-            if found.summary["data_sha256"] != self.data_sha256:
-                problems.append("it is another text")
-            if problems:
-                remedy = "name this run otherwise, or remove that folder"
-                raise UserError(f"{self.folder} holds results of other settings ({'; '.join(problems)}): {remedy}")
-        elif (config := self.run_dir / CONFIG_FILE).is_file():
-            was = yaml.safe_load(config.read_text("utf-8"))
-            if problems := list(results.run_differences(was, self.settings)):
-                remedy = "give another --run_dir, or remove that one"
-                raise UserError(f"{self.run_dir} holds a run of other settings ({'; '.join(problems)}): {remedy}")
-        return done
+    def check(self, result: Result | None) -> None:
+        """Raises UserError if the stored result, or else the run directory, is of another configuration or text."""
+        if result:
+            earlier, same_text = result.config, result.summary["data_sha256"] == self.data_sha256
+            place, remedy = "the results hold", "use another name for this run, or another --out"
+        elif (path := self.run_dir / CONFIG_FILE).is_file():
+            earlier, same_text = yaml.safe_load(path.read_text("utf-8")), True
+            place, remedy = f"{self.run_dir} holds", "give another --run_dir, or remove that directory"
+        else:
+            return
+        if problems := [*run_differences(earlier, self.config), *([] if same_text else ["the text differs"])]:
+            problem = f"{place} {self} with another configuration ({'; '.join(problems)})"
+            raise UserError(problem, remedy=remedy)
 
     def has_ended(self) -> bool:
-        """Whether nothing is left to train, though its results may not be written."""
-        try:
+        """Whether the training is complete. Its results may not be stored yet."""
+        with suppress(OSError, ValueError):
             summary = json.loads((self.run_dir / SUMMARY_FILE).read_text("utf-8"))
-        except (OSError, ValueError):
-            return False
-        return summary["stop_reason"] in NORMAL_STOPS
+            return summary["stop_reason"] in NORMAL_STOPS
+        return False
 
-    def command(self) -> list[str]:
-        """The options of the `fit` that begins it, or goes on with it."""
-        if (self.run_dir / LAST_CKPT).is_file():
+    @property
+    def can_resume(self) -> bool:
+        return (self.run_dir / LAST_CKPT).is_file()
+
+    def fit_args(self) -> list[str]:
+        """The arguments of the `fit` that starts or resumes the run."""
+        if self.can_resume:
             return ["--run_dir", str(self.run_dir), "--ckpt_path", "last"]
-        group = f"{self.folder.parents[1].name}/{self.name}"
-        wandb = [] if self.settings["wandb"] is None else ["--wandb.group", group, "--wandb.job_type", "study"]
-        return [*self.words, "--seed_everything", str(self.seed), *wandb, "--run_dir", str(self.run_dir)]
+        wandb = ["--wandb.group", self.group, "--wandb.job_type", "study"] if self.config["wandb"] else []
+        return [*self.args, "--seed_everything", str(self.seed), *wandb, "--run_dir", str(self.run_dir)]
 
     @property
     def max_steps(self) -> int:
-        steps: int = self.settings["trainer"]["max_steps"]
-        return steps
+        return int(self.config["trainer"]["max_steps"])
 
     def steps(self) -> int:
-        """Steps done so far, by its figures."""
-        with suppress(OSError, ValueError):
+        """Steps done so far, as logged in metrics.csv."""
+        with suppress(OSError, ValueError, IndexError):
             return int((self.run_dir / METRICS_FILE).read_bytes().rsplit(b"\n", 2)[-2].split(b",")[0])
         return 0
 
 
 def plan(study: Study, out: Path, run_dir: Path, seeds: int | None, only: list[str]) -> list[Run]:
-    """The runs of a study, first seeds first.
-
-    Args:
-        study: The study.
-        out: Its results folder.
-        run_dir: Where its runs train.
-        seeds: Of each configuration, in place of what the study says.
-        only: The configurations to run; all if there are none.
-    """
-    if unknown := set(only) - study.configurations.keys():
-        raise UserError(f"--only {' '.join(sorted(unknown))}: the study has {', '.join(study.configurations)}")
+    """The runs of a study, or of `only` some of its variants; all first seeds come before the second ones."""
+    if unknown := set(only) - study.variants.keys():
+        raise UserError(f"--only {' '.join(sorted(unknown))}: the study has {', '.join(study.variants)}")
     runs = []
-    for name in dict.fromkeys(only) or study.configurations:
-        configuration = study.configurations[name]
+    for name in dict.fromkeys(only) or study.variants:
+        variant = study.variants[name]
         try:
-            settings = resolve_config(configuration.words)
-            sha256 = stats_of_text(settings).sha256
+            config = resolve_config(variant.args)
+            sha256 = datamodule_of(config).text_stats.sha256
         except UserError as error:
             raise UserError(f"run {name}: {error}") from error
-        for place in range(seeds or study.seeds_of(name)):
-            seed = configuration.first_seed + place
-            label = f"{name}-{seed}"
-            own = settings | {"seed_everything": seed}
-            runs.append(
-                (place, Run(name, seed, configuration.words, own, sha256, run_dir / label, out / "runs" / label))
-            )
-    return [run for _, run in sorted(runs, key=lambda one: one[0])]
+        for index in range(seeds or study.seeds_of(name)):
+            seed, group = variant.first_seed + index, f"{out.name}/{name}"
+            own = config | {"seed_everything": seed}
+            runs.append((index, Run(name, seed, variant.args, own, sha256, run_dir / f"{name}-{seed}", group)))
+    return [run for _, run in sorted(runs, key=lambda item: item[0])]
 
 
 def save_study(study: Study, out: Path) -> None:
-    """Leaves the study beside its results: its comparisons were named before.
+    """Copies the study file to its results.
 
     Raises:
-        InputError: If results are there that were begun under other comparisons.
+        UserError: If there are results already and the study named other comparisons before them.
     """
     path = out / STUDY_FILE
-    if path.is_file() and any(out.glob("runs/*")):
-        was = read_study(path).comparisons
-        if was != study.comparisons:
-            named = "; ".join(" - ".join(pair) for pair in was) or "none"
-            raise UserError(f"{path} named other comparisons before anything ran ({named}): give another --out")
+    if path.is_file() and (out / RUNS_FILE).is_file():
+        earlier = read_study(path).comparisons
+        if earlier != study.comparisons:
+            names = "; ".join(" - ".join(pair) for pair in earlier) or "none"
+            problem = f"{path} named other comparisons before anything ran ({names})"
+            raise UserError(problem, remedy="keep these comparisons, or give another --out")
     out.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(study.content, sort_keys=False, allow_unicode=True, width=110)
-    atomic_write(path, results.strip_paths_in_text(text).encode())
+    atomic_write(path, strip_paths(text).encode())

@@ -1,10 +1,11 @@
-"""What a few seeds can tell: intervals, differences, the correction for several of them, and when nothing can be told.
+"""What a few seeds can tell: intervals, differences between variants, and the correction for several comparisons.
 
-Numbers in, numbers out: runs and their files are in `results`, words and tables in `report`. Values lie along the last
-axis, so that many studies are analysed at once; scipy is imported where it is needed, since only a study needs it.
+Only numbers are handled here: `analysis` takes them from the results of a study, `report` prints them. Values lie along
+the last axis, so that many studies can be analysed at once. scipy is imported inside the functions, since only a study
+needs it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,21 +13,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 LEVEL = 0.95
-"""Of every interval; a p-value below 1 - LEVEL is a finding."""
+"""Of every interval; a p-value below 1 - LEVEL counts as a difference."""
 MIN_SEEDS_INTERVAL = 3
-"""Below it nothing is said of how one configuration spreads."""
 MIN_SEEDS_COMPARISON = 8
-"""Below it, in either configuration, nothing is said of a difference: sign flips then cannot reach 1 - LEVEL after
-Holm's correction over MOST_COMPARISONS."""
+"""With fewer seeds, sign flips cannot reach 1 - LEVEL after Holm's correction for MAX_COMPARISONS."""
 MAX_COMPARISONS = 6
 MAX_SIGN_FLIPS = 16
 BLOCK_CHARACTERS = 500
-"""Characters of text that stay together in the bootstrap: neighbours are hard, or easy, together."""
+"""Characters of text that stay together in the bootstrap: neighbouring characters are similarly hard to predict."""
 MIN_BLOCKS = 10
-"""Of which other texts can be put together."""
 
 Values = NDArray[np.float64]
-Test = Callable[[ArrayLike, ArrayLike], tuple["Interval", Values]]
 
 
 class Interval(NamedTuple):
@@ -38,7 +35,7 @@ class Interval(NamedTuple):
 
 
 def mean_ci(values: ArrayLike) -> tuple[Interval, Values]:
-    """The mean (...,) over seeds of values (..., n) with its t interval, and the standard deviation."""
+    """The mean (...,) of values (..., n) with its t interval, and the standard deviation."""
     from scipy import stats
 
     values = np.asarray(values, float)
@@ -47,28 +44,26 @@ def mean_ci(values: ArrayLike) -> tuple[Interval, Values]:
     return Interval(mean, mean - half, mean + half), sd
 
 
-def paired(a: ArrayLike, b: ArrayLike) -> tuple[Interval, Values]:
-    """The mean of a - b (..., n), of which each pair shares its batches, with its t interval and two-sided p."""
+def t_test(a: ArrayLike, b: ArrayLike, paired: bool) -> tuple[Interval, Values]:
+    """The difference of the means of a (..., n) and b (..., m) with its t interval, and the two-sided p-value.
+
+    Args:
+        a: Values of the first group.
+        b: Values of the second group.
+        paired: Whether a[..., i] and b[..., i] belong together (n = m); else it is Welch's test (Biometrika 34, 1947).
+    """
     from scipy import stats
 
     a, b = np.asarray(a, float), np.asarray(b, float)
-    test = stats.ttest_rel(a, b, axis=-1)
+    if a.ndim == b.ndim == 1 and (paired and np.array_equal(a, b) or np.ptp([*a, *b]) == 0):
+        return Interval(np.zeros(()), np.zeros(()), np.zeros(())), np.ones(())  # scipy's p would be nan
+    test = stats.ttest_rel(a, b, axis=-1) if paired else stats.ttest_ind(a, b, axis=-1, equal_var=False)
     low, high = test.confidence_interval(LEVEL)
-    return Interval((a - b).mean(-1), low, high), test.pvalue
-
-
-def unpaired(a: ArrayLike, b: ArrayLike) -> tuple[Interval, Values]:
-    """The difference of the means of a (..., n) and b (..., m), with interval and p by Welch (Biometrika 34, 1947)."""
-    from scipy import stats
-
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    test = stats.ttest_ind(a, b, axis=-1, equal_var=False)
-    low, high = test.confidence_interval(LEVEL)
-    return Interval(a.mean(-1) - b.mean(-1), low, high), test.pvalue
+    return Interval((a - b).mean(-1) if paired else a.mean(-1) - b.mean(-1), low, high), test.pvalue
 
 
 def holm(p: ArrayLike) -> Values:
-    """p-values (..., m) of m comparisons, corrected so that one false finding among them is rare (Holm 1979)."""
+    """p-values (..., m) of m comparisons, corrected for a familywise error rate (Holm 1979)."""
     p = np.asarray(p, float)
     order, m = p.argsort(-1), p.shape[-1]
     stepped = np.maximum.accumulate(np.take_along_axis(p, order, -1) * np.arange(m, 0, -1), -1).clip(max=1)
@@ -78,24 +73,23 @@ def holm(p: ArrayLike) -> Values:
 
 
 def sign_flip(differences: ArrayLike) -> tuple[float, float]:
-    """Two-sided p of differences (n,) when each sign is as likely, all 2^n counted; and the smallest that n allows."""
-    found = np.asarray(differences, float)
-    n = len(found)
-    assert n <= MAX_SIGN_FLIPS, "2^n are counted"
-    signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
-    sums = np.abs(signs @ found)
-    return float(np.mean(sums >= sums[0] * (1 - 1e-12))), 2.0 ** (1 - n)
+    """Two-sided p-value of differences (n,) if each sign is equally likely, exact; and the smallest that n allows."""
+    from scipy import stats
+
+    values = np.asarray(differences, float)
+    test = stats.permutation_test((values,), np.mean, permutation_type="samples", n_resamples=2**MAX_SIGN_FLIPS)
+    return float(test.pvalue), 2.0 ** (1 - len(values))
 
 
 def block_bootstrap(values: Values, block: int = BLOCK_CHARACTERS, draws: int = 5000, seed: int = 0) -> Interval | None:
-    """The mean of values along a text, with the interval that another text of this length and kind would give it.
+    """The mean of values along a text, with the interval for other texts of this length and kind.
 
-    None for a text of fewer than FEWEST_BLOCKS blocks, which says nothing of others.
+    None for a text of fewer than MIN_BLOCKS blocks, which is too short for an interval.
 
     Args:
         values: One for each character (n,), in order; nan where there is none.
         block: Neighbours that are drawn together, from a circle (Politis & Romano 1992).
-        draws: Texts that are put together.
+        draws: Texts that are drawn.
         seed: Of the draws.
     """
     known = values[~np.isnan(values)].astype(float)
@@ -112,18 +106,17 @@ def block_bootstrap(values: Values, block: int = BLOCK_CHARACTERS, draws: int = 
 
 @dataclass(frozen=True)
 class PairwiseTest:
-    """One configuration less another, over their seeds."""
+    """One variant minus another, over their seeds."""
 
     is_paired: bool
-    """Over equal seeds; else over two groups."""
     seeds: tuple[int, int]
-    """How many of each took part."""
-    interval: Interval | None
-    """None with fewer than two seeds."""
-    p: float
-    """Of the t test; 1 where there is none."""
-    flips: tuple[float, float] | None
-    """`sign_flip`, where paired."""
+    """How many seeds of each are compared."""
+    interval: Interval | None = None
+    """None if one of them has fewer than two seeds."""
+    p: float = 1.0
+    """Of the t test."""
+    flips: tuple[float, float] | None = None
+    """`sign_flip`, for pairs."""
 
     @property
     def has_enough(self) -> bool:
@@ -131,47 +124,33 @@ class PairwiseTest:
 
 
 def compare(a: Mapping[int, float], b: Mapping[int, float], equal_batches: bool) -> PairwiseTest:
-    """Compares two configurations.
+    """Compares the losses of two variants, each by seed.
 
-    Args:
-        a: A figure by seed.
-        b: The same of the other one.
-        equal_batches: Whether a seed gives both the same batches, as equal tokenizer, block_size and batch_size do:
-            only then are equal seeds pairs.
+    `equal_batches`: whether a seed gives both variants the same batches. Only then are equal seeds pairs.
     """
     common = sorted(a.keys() & b.keys())
-    if equal_batches and len(common) > 1:
-        one, other = [a[seed] for seed in common], [b[seed] for seed in common]
-        interval, p = run_test(paired, one, other)
-        flips = sign_flip(np.subtract(one, other)) if len(common) <= MAX_SIGN_FLIPS else None
-        return PairwiseTest(True, (len(common), len(common)), interval, p, flips)
-    seeds = len(a), len(b)
+    paired = equal_batches and len(common) > 1
+    one, other = ([x[seed] for seed in common] if paired else list(x.values()) for x in (a, b))
+    seeds = len(one), len(other)
     if min(seeds) < 2:
-        return PairwiseTest(False, seeds, None, 1.0, None)
-    interval, p = run_test(unpaired, list(a.values()), list(b.values()))
-    return PairwiseTest(False, seeds, interval, p, None)
+        return PairwiseTest(False, seeds)
+    interval, p = t_test(one, other, paired)
+    flips = sign_flip(np.subtract(one, other)) if paired and len(common) <= MAX_SIGN_FLIPS else None
+    return PairwiseTest(paired, seeds, interval, float(p), flips)
 
 
-def run_test(test: Test, a: list[float], b: list[float]) -> tuple[Interval, float]:
-    """What a test says of two configurations; of equal figures, of which it says nan, that they are equal."""
-    if np.ptp([*a, *b]) == 0 or test is paired and a == b:
-        return Interval(np.zeros(()), np.zeros(()), np.zeros(())), 1.0
-    interval, p = test(a, b)
-    return interval, float(p)
+def conclude(tests: list[PairwiseTest]) -> list[tuple[str, float]]:
+    """For each named comparison "lower", "higher", "no difference found" or "cannot tell"; and the corrected p-value.
 
-
-def conclude(differences: list[PairwiseTest]) -> list[tuple[str, float]]:
-    """In a word for each named comparison, lower, higher, no difference found or cannot tell; and the corrected p.
-
-    Comparisons that were not run count in the correction like those that were: all were named.
+    Comparisons without results count in the correction too, since all were named before.
     """
-    corrected = holm([found.p if found.has_enough else 1.0 for found in differences])
-    return [(_word(found, p), float(p)) for found, p in zip(differences, corrected, strict=True)]
+    corrected = holm([test.p if test.has_enough else 1.0 for test in tests])
+    return [(_conclusion(test, p), float(p)) for test, p in zip(tests, corrected, strict=True)]
 
 
-def _word(found: PairwiseTest, p: float) -> str:
-    if not found.has_enough or found.interval is None:
+def _conclusion(test: PairwiseTest, p: float) -> str:
+    if not test.has_enough or test.interval is None:
         return "cannot tell"
     if p >= 1 - LEVEL:
         return "no difference found"
-    return "lower" if found.interval.mean < 0 else "higher"
+    return "lower" if test.interval.mean < 0 else "higher"

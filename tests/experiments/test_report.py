@@ -1,6 +1,6 @@
-"""The report: what it says follows from the results folder alone, and every committed report says what its results do.
+"""The report follows from the results folder alone, and each committed report agrees with its results.
 
-Results are written here as a study would leave them; no model is trained.
+Results are made up and stored here as a study would store them; no model is trained.
 """
 
 import json
@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,86 +20,114 @@ from matplotlib.figure import Figure
 
 from minigpt_pl.experiments.analysis import StudyAnalysis
 from minigpt_pl.experiments.plots import draw_plots, plot_curves, plot_experts
-from minigpt_pl.experiments.report import render_report, short
-from minigpt_pl.experiments.results import Result, TokenNLL
+from minigpt_pl.experiments.report import format_large, render_report
+from minigpt_pl.experiments.results import Result, TokenNLL, add_result, read_results, read_token_nll, write_files
 from minigpt_pl.experiments.spec import STUDY_FILE, resolve_config
+from minigpt_pl.runtime.errors import UserError
 
 COMMITTED = sorted(path.parent for path in PROJECT.glob(f"docs/results/*/{STUDY_FILE}"))
 NOISE = np.random.default_rng(3).normal(0, 0.0025, (4, 8))
+resolve = cache(lambda args: resolve_config(args.split()))
 
 
-def says(folder: Path, text: str) -> bool:
-    """Whether a text is what the results in a folder say."""
-    pictures = re.findall(r"^!\[\w+\]\((.*)\)$", text, re.MULTILINE)
-    return (
-        all((folder / name).is_file() for name in pictures) and render_report(StudyAnalysis(folder), pictures) == text
-    )
+def agrees(folder: Path, text: str) -> bool:
+    """Whether a report agrees with the results in its folder."""
+    plots = re.findall(r"^!\[\w+\]\((.*)\)$", text, re.MULTILINE)
+    return all((folder / name).is_file() for name in plots) and render_report(StudyAnalysis(folder), plots) == text
 
 
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
-def test_a_committed_report_says_what_its_results_do(folder: Path) -> None:
-    assert says(folder, (folder / "index.md").read_text("utf-8")), f"python main.py report {folder}"
-    for run in (folder / "runs").iterdir():
-        assert sum(file.stat().st_size for file in run.iterdir()) <= 150_000, run
+def test_a_committed_report_agrees_with_its_results(folder: Path) -> None:
+    assert agrees(folder, (folder / "report.md").read_text("utf-8")), f"python main.py report {folder}"
 
 
-def leave(folder: Path, name: str, seed: int, best: float, words: str = "", length: int = 1, **summary: Any) -> None:
-    """A results folder with a given figure, of tokens of some length."""
-    place = folder / "runs" / f"{name}-{seed}"
-    place.mkdir(parents=True)
-    settings = resolve_config(f"--model.block_size 128 {words}".split()) | {"seed_everything": seed}
-    (place / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    found = {
+def test_committed_results_are_few_and_small() -> None:
+    for folder in COMMITTED:
+        assert sum(path.is_file() for path in folder.rglob("*")) <= 20, folder
+    assert sum(path.stat().st_size for folder in COMMITTED for path in folder.rglob("*")) <= 7_000_000
+
+
+def result_of(
+    name: str, seed: int, best: float, args: str = "", length: int = 1, **summary: Any
+) -> tuple[Result, TokenNLL]:
+    """A made-up run with a given best loss, whose tokens have `length` characters."""
+    config = resolve(f"--model.block_size 128 {args}") | {"seed_everything": seed}
+    losses = length * (best + 0.1 * np.sin(np.arange(128 * 50) / 7)).astype(np.float32)
+    starts = np.arange(50, dtype=np.int32) * 128 * length + 1
+    nll = TokenNLL(losses, np.array([seed]), np.full(len(losses), length, np.uint8), starts, 128)
+    values = {
         "best_nats_per_char": best, "best_step": 200, "total_steps": 200, "stop_reason": "completed",
         "params_total": 1000, "params_active": 1000, "tokens_seen": 409_600, "flops_per_token": 6000,
-        "wall_seconds": 90.0, "git_commit": "0123456789", "versions": {"torch": "2.13"}, "machine": "2 CPU cores",
-        "data_sha256": "d" * 64, "tokenizer_sha256": "t" * 64, "command": f"minigpt fit --seed_everything {seed}",
+        "wall_seconds": 90.0, "git_commit": "0123456789", "versions": {"torch": "2.13"}, "window_sd": nll.window_sd(),
+        "data_sha256": "d" * 64, "tokenizer_sha256": "t" * 64,
     }  # fmt: skip
-    (place / "summary.json").write_text(json.dumps(found | summary))
-    loads = ",".join(f"moe/load_0_{expert}" for expert in range(4)) if "moe" in words else "lr"
-    row = ",".join("0.25" for _ in loads.split(","))
-    speeds = ["", 10240, 6400, 5120]  # none at the first log; the last of a machine that slept
-    trained = [f"{50 * at},train,,{speed},{row}" for at, speed in enumerate(speeds, 1)]
-    checked = [f"100,val,{best + 0.5},,", f"200,val,{best},,"]
-    head = f"step,part,val/nats_per_char,perf/tokens_per_s,{loads}"
-    (place / "metrics.csv").write_text("\n".join([head, *trained, *checked]) + "\n")
-    nats = length * (best + 0.1 * np.sin(np.arange(128 * 50) / 7)).astype(np.float16)
-    begins = np.arange(50, dtype=np.int32) * 128 * length + 1
-    np.savez_compressed(place / "nats.npz", nats=nats, begins=begins, lengths=np.full(len(nats), length, np.uint8))
-    (place / "sample.txt").write_text(f"<{name}> & more\n")
+    loads = {f"moe/load_0_{expert}": "0.25" for expert in range(4)} if "moe" in args else {}
+    # no speed at the first log; the last one of a machine that slept
+    speeds = [{}, *({"perf/tokens_per_s": speed} for speed in ("10240", "6400", "5120"))]
+    rows = [{"step": f"{50 * n}", "split": "train", **speed, **loads} for n, speed in enumerate(speeds, 1)]
+    rows += [{"step": s, "split": "val", "val/nats_per_char": str(x)} for s, x in (("100", best + 0.5), ("200", best))]
+    command = f"minigpt fit --seed_everything {seed}"
+    return Result(name, seed, command, "2 CPU cores", config, values | summary, f"<{name}> & more", rows), nll
+
+
+def change(folder: Path, **changes: Callable[[Result], None]) -> None:
+    """Changes results by their names (with _ for -) in place."""
+    results = read_results(folder)
+    for result in results:
+        changes.get(str(result).replace("-", "_"), lambda result: None)(result)
+    write_files(folder, results, read_token_nll(folder))
+
+
+def make_study(folder: Path, stored: list[tuple[Result, TokenNLL]], **content: Any) -> Path:
+    losses: dict[str, TokenNLL] = {}
+    for result, nll in stored:
+        losses[result.name] = losses[result.name] + nll if result.name in losses else nll
+    folder.mkdir(exist_ok=True)
+    write_files(folder, [result for result, _ in stored], losses)
+    (folder / STUDY_FILE).write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight seeds of each: sparse is five SD lower than dense; wide has other batches, rare three seeds."""
-    folder = tmp_path_factory.mktemp("results") / "made"
+    runs = []
     for seed in range(8):
-        leave(folder, "dense", seed, 1.25 + NOISE[0, seed])
-        leave(folder, "sparse", seed, 1.25 - 0.012 + NOISE[1, seed], "-c moe", params_total=3000, params_active=1010)
-        leave(folder, "wide", seed, 1.25 + NOISE[2, seed], "--data.batch_size 16", params_total=3000)
+        runs.append(result_of("dense", seed, 1.25 + NOISE[0, seed]))
+        sizes = {"params_total": 3000, "params_active": 1010}
+        runs.append(result_of("sparse", seed, 1.25 - 0.012 + NOISE[1, seed], "-c moe", **sizes))
+        runs.append(result_of("wide", seed, 1.25 + NOISE[2, seed], "--data.batch_size 16", params_total=3000))
         if seed < 3:
-            leave(folder, "rare", seed, 1.0 + NOISE[3, seed])
-            leave(folder, "unnamed", seed, 1.0)
-        leave(
-            folder, "pieces", seed, 1.25 + NOISE[3, seed], "--data.tokenizer bpe", length=3, tokenizer_sha256="b" * 64
-        )
-        leave(folder, "elsewhere", seed, 0.5, "--data.test_frac 0.05")
-    named = ["sparse - dense", "wide - dense", "rare - dense", "never - dense", "elsewhere - dense", "pieces - dense"]
-    runs = dict.fromkeys(("dense", "sparse", "wide", "rare", "never", "pieces", "elsewhere"), "")
-    content = {"description": "A made study.", "runs": runs, "comparisons": named}
-    (folder / STUDY_FILE).write_text(yaml.safe_dump(content, sort_keys=False))
-    floors = {"unigram": {"nats_per_char": 3.1}, "xz": {"nats_per_char": 1.7}}
-    of = {"data_sha256": "d" * 64, "train_frac": 0.9, "test_frac": 0.0}
-    (folder / "baselines.json").write_text(json.dumps({**of, "baselines": floors}))
+            runs.append(result_of("rare", seed, 1.0 + NOISE[3, seed]))
+            runs.append(result_of("unnamed", seed, 1.0))
+        bpe = ("--data.tokenizer bpe", 3)
+        runs.append(result_of("bpe", seed, 1.25 + NOISE[3, seed], *bpe, tokenizer_sha256="b" * 64))
+        runs.append(result_of("elsewhere", seed, 0.5, "--data.test_frac 0.05"))
+    folder = make_study(
+        tmp_path_factory.mktemp("results") / "made",
+        runs,
+        description="A made study.",
+        runs=dict.fromkeys(("dense", "sparse", "wide", "rare", "never", "bpe", "elsewhere"), ""),
+        comparisons=[f"{name} - dense" for name in ("sparse", "wide", "rare", "never", "elsewhere", "bpe")],
+    )
+    baselines = {"unigram": {"nats_per_char": 3.1}, "xz": {"nats_per_char": 1.7}}
+    text = {"data_sha256": "d" * 64, "train_frac": 0.9, "test_frac": 0.0}
+    (folder / "baselines.json").write_text(json.dumps({**text, "baselines": baselines}))
     (folder / "failed.json").write_text(json.dumps({"rare-4": "it diverged"}))
     return folder
 
 
-def test_the_report_says_what_is_known_of_the_results(made: Path, minigpt: Callable[..., Outcome]) -> None:
+@pytest.fixture
+def made(original: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(original, tmp_path / "made"))
+
+
+def test_the_report_shows_what_the_results_hold(made: Path, minigpt: Callable[..., Outcome]) -> None:
     done = minigpt("report", made)
     assert done.status == 0, done.err
-    text = (made / "index.md").read_text("utf-8")
-    assert says(made, text)
+    text = (made / "report.md").read_text("utf-8")
+    assert agrees(made, text)
     cells = [
         [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.split("## Differences")[0].splitlines()
     ]
@@ -114,150 +143,184 @@ def test_the_report_says_what_is_known_of_the_results(made: Path, minigpt: Calla
     assert row["dense"][4] == f"{window.std(ddof=1) / (100 * 8) ** 0.5:.4f}"
     assert row["sparse"][5:7] == ["3,000", "1,010"]
     assert row["dense"][5:11] == ["1,000", "1,000", "410 k", "410 k", "2.46 G", "1.1"]  # at 6400 tokens a second
-    assert row["pieces"][7:9] == ["410 k", "1.23 M"]  # tokens of three characters each
+    assert row["bpe"][7:9] == ["410 k", "1.23 M"]  # tokens of three characters each
     differences = text[text.index("## Differences") : text.index("## Experts")]
-    verdict = dict(re.findall(r"^\| `(.*?)` .*\*\*(.*)\*\* \|", differences, re.MULTILINE))
-    assert verdict == {
+    conclusions = dict(re.findall(r"^\| `(.*?)` .*\*\*(.*)\*\* \|", differences, re.MULTILINE))
+    assert conclusions == {
         "sparse - dense": "lower",
         "wide - dense": "no difference found",
         "rare - dense": "cannot tell",
         "never - dense": "cannot tell",
         "elsewhere - dense": "cannot tell",  # of another text
-        "pieces - dense": "no difference found",
+        "bpe - dense": "no difference found",
     }
     assert "`never - dense` | 0 and 8 |" in differences
     assert "**lower** | 3.00 | 1.01 | 1.00 | 1.00 |" in differences
     assert differences.strip().endswith("| 1.00 | 1.00 | 3.00 | 1.00 |")
     assert "8 pairs" in differences
-    assert "`wide - dense` | 8 and 8 |" in differences  # other batches are no pairs
+    assert "`wide - dense` | 8 and 8 |" in differences  # other batches are not pairs
     assert "`rare - dense` | 3 pairs |" in differences
     assert "- not run: `never`" in text
     assert "- failed: `rare-4`: it diverged" in text
     assert "the study does not name them: unnamed" in text
     experts = text[text.index("## Experts") : text.index("![curves]")]
-    assert f"| as many active | `dense` | {values.mean():.4f} | 3.00 | 1.01 | 1.00 | 1.00 |" in experts
-    assert f"| as many in all | `wide` | {1.25 + NOISE[2].mean():.4f} | 1.00 | 1.01 | 1.00 | 1.00 |" in experts
-    assert "`pieces`" not in experts  # of other tokens
-    assert "What simple methods reach: unigram 3.1000, xz 1.7000." in text
+    assert f"| active parameters | `dense` | {values.mean():.4f} | 3.00 | 1.01 | 1.00 | 1.00 |" in experts
+    assert f"| total parameters | `wide` | {1.25 + NOISE[2].mean():.4f} | 1.00 | 1.01 | 1.00 | 1.00 |" in experts
+    assert "`bpe`" not in experts  # of other tokens
+    assert "Baselines: unigram 3.1000, xz 1.7000." in text
     assert "&lt;sparse&gt; &amp; more" in text
-    for path in (path for path in (made / "runs").iterdir() if not path.name.startswith("unnamed")):
-        assert f"[{path.name}](runs/{path.name})" in text
-        assert f"minigpt fit --seed_everything {Result(path).seed}`" in text
+    for result in read_results(made):
+        row_of_run = f"| `{result}` | {result.summary['best_nats_per_char']:.4f} |"
+        assert (row_of_run in text) == (result.name != "unnamed")
+    assert "| `minigpt fit --seed_everything 7` |" in text
     for name in ("curves", "differences", "experts", "positions"):
         assert (made / f"{name}.png").stat().st_size > 10_000
 
 
-def test_seeds_and_text_speak_of_the_same_pairs(made: Path, tmp_path: Path) -> None:
-    """A seed that only one of two has, and that is far off, is in neither."""
-    folder = tmp_path / "made"
-    shutil.copytree(made, folder)
-    leave(folder, "sparse", 8, 9.0, "-c moe")
-    found = next(one for one in StudyAnalysis(folder).comparisons if one.name == "sparse - dense")
-    assert found.over_seeds.seeds == (8, 8)
-    assert found.over_seeds.interval is not None
-    assert found.over_text is not None
-    assert found.over_text.mean == pytest.approx(found.over_seeds.interval.mean, abs=1e-3)
+def test_the_difference_over_text_is_of_the_same_seeds_as_the_one_over_seeds(made: Path) -> None:
+    def of(name: str) -> Any:
+        return next(one for one in StudyAnalysis(made).comparisons if one.name == f"{name} - dense")
+
+    assert of("sparse").over_text.mean == pytest.approx(of("sparse").test.interval.mean, abs=1e-6)
+    assert of("wide").over_text.mean == pytest.approx(of("wide").test.interval.mean, abs=1e-6)
+    assert of("rare").over_text is None  # a sum over three seeds, and one over eight
+    add_result(made, *result_of("sparse", 8, 9.0, "-c moe"))
+    add_result(made, *result_of("wide", 8, 9.0, "--data.batch_size 16"))
+    assert of("sparse").test.seeds == (8, 8)
+    assert of("sparse").over_text is None
+    assert of("wide").test.seeds == (9, 8)
+    assert of("wide").over_text.mean == pytest.approx(of("wide").test.interval.mean, abs=1e-6)
+
+
+def test_a_seed_can_be_added_once(made: Path) -> None:
+    """The sum over seeds is that of all results; a seed that an interrupted write has left in it is not added twice."""
+    result, nll = result_of("rare", 3, 2.0)
+    before = read_token_nll(made)["rare"]
+    write_files(made, read_results(made), read_token_nll(made) | {"rare": before + nll})  # runs.jsonl was not reached
+    with pytest.raises(UserError, match="token losses of other seeds of rare"):
+        StudyAnalysis(made)
+    for _ in range(2):
+        add_result(made, result, nll)
+        after = read_token_nll(made)["rare"]
+        assert after.seeds.tolist() == [0, 1, 2, 3]
+        assert after.total == pytest.approx(before.total + nll.total)
+        assert StudyAnalysis(made).groups["rare"].losses == {
+            0: 1 + NOISE[3, 0],
+            1: 1 + NOISE[3, 1],
+            2: 1 + NOISE[3, 2],
+            3: 2,
+        }
+        assert after.mean.mean() == pytest.approx(StudyAnalysis(made).groups["rare"].mean, abs=1e-3)
 
 
 @pytest.mark.parametrize(
     ("loads", "layers"),
     [("0_0 0_1 1_0 1_1", ["0", "1"]), ("0_max 0_min 2_max 2_min", ["0", "2"]), ("max min", ["max", "min"])],
 )
-def test_an_expert_of_twice_its_share_stands_in_its_row_as_two(loads: str, layers: list[str], tmp_path: Path) -> None:
-    """Where experts are many, their extremes are drawn in their place."""
-    leave(tmp_path, "sparse", 0, 1.0, "-c moe")
-    names = loads.split()
-    table = [",".join(["step", "part", *(f"moe/load_{name}" for name in names)])]
-    table += [",".join([step, "train", "0.5", *["0.25" for _ in names[1:]]]) for step in ("100", "200")]
-    (tmp_path / "runs" / "sparse-0" / "metrics.csv").write_text("\n".join(table) + "\n")
-    (tmp_path / STUDY_FILE).write_text("runs: {sparse: -c moe}\n")
+def test_an_expert_with_twice_its_share_is_drawn_as_two_in_its_row(
+    loads: str, layers: list[str], tmp_path: Path
+) -> None:
+    """With many experts, their extremes are drawn instead. A dense run beside it has no such columns."""
+    result, nll = result_of("sparse", 0, 1.0, "-c moe")
+    first, *others = (f"moe/load_{name}" for name in loads.split())
+    row = {"split": "train", first: "0.5", **dict.fromkeys(others, "0.25")}
+    result.rows[:] = [{"step": step, **row} for step in ("100", "200")]
+    runs = [(result, nll), result_of("dense", 0, 1.0)]
     figure = Figure()
-    assert plot_experts(StudyAnalysis(tmp_path), figure)
+    assert plot_experts(StudyAnalysis(make_study(tmp_path, runs, runs={"sparse": "-c moe", "dense": ""})), figure)
     panel = figure.axes[0]
-    assert panel.collections[0].get_array().tolist() == [[2, 2], *[[1, 1] for _ in names[1:]]]
+    assert panel.collections[0].get_array().tolist() == [[2, 2], *[[1, 1] for _ in others]]
     assert [label.get_text() for label in panel.get_yticklabels()] == layers
 
 
 def test_experts_of_a_run_too_short_to_log_them_are_not_drawn(tmp_path: Path) -> None:
-    leave(tmp_path, "sparse", 0, 1.0, "-c moe")
-    metrics = tmp_path / "runs" / "sparse-0" / "metrics.csv"
-    metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if ",train," not in line))
-    (tmp_path / STUDY_FILE).write_text("runs: {sparse: -c moe}\n")
+    result, nll = result_of("sparse", 0, 1.0, "-c moe")
+    result.rows[:] = [row for row in result.rows if row["split"] != "train"]
+    make_study(tmp_path, [(result, nll)], runs={"sparse": "-c moe"})
     assert not plot_experts(StudyAnalysis(tmp_path), Figure())
 
 
-def test_floors_of_another_text_are_not_shown(made: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "made"
-    shutil.copytree(made, folder)
-    floors = json.loads((folder / "baselines.json").read_text())
-    (folder / "baselines.json").write_text(json.dumps(floors | {"data_sha256": "e" * 64}))
+def test_baselines_of_another_text_are_not_shown(made: Path) -> None:
     assert StudyAnalysis(made).baselines
-    assert not StudyAnalysis(folder).baselines
+    baselines = json.loads((made / "baselines.json").read_text())
+    (made / "baselines.json").write_text(json.dumps(baselines | {"data_sha256": "e" * 64}))
+    assert not StudyAnalysis(made).baselines
 
 
-def test_a_curve_ends_with_its_last_seed(made: Path, tmp_path: Path) -> None:
-    """And is there the mean of those that train there, of which there is one."""
-    folder = tmp_path / "made"
-    shutil.copytree(made, folder)
-    with (folder / "runs" / "dense-3" / "metrics.csv").open("a") as file:
-        file.write("400,val,1.1,\n800,val,1.1,\n")
+def test_a_curve_ends_with_its_longest_seed(made: Path) -> None:
+    """At each point it is the mean of the seeds that still train there; at the end there is one."""
+    more = [{"step": step, "split": "val", "val/nats_per_char": "1.1"} for step in ("400", "800")]
+    change(made, dense_3=lambda result: result.rows.extend(more))
     figure = Figure()
-    assert plot_curves(StudyAnalysis(folder), figure)
+    assert plot_curves(StudyAnalysis(made), figure)
     (line,) = (line for line in figure.axes[0].lines if str(line.get_label()).startswith("dense"))
     xy = np.array(line.get_xydata())
     assert xy[-1].tolist() == [800 * 2048, 1.1]
     assert xy[0].tolist() == [100 * 2048, pytest.approx(1.75 + NOISE[0].mean())]
 
 
-def test_a_picture_that_nothing_is_known_for_any_more_goes(made: Path, tmp_path: Path) -> None:
-    """One check makes no curve."""
-    folder = tmp_path / "made"
-    shutil.copytree(made, folder)
-    for path in (folder / "runs").glob("*/metrics.csv"):
-        path.write_text(re.sub(r"^100,.*\n", "", path.read_text(), flags=re.MULTILINE))
-    (folder / "curves.png").write_bytes(b"of before")
-    assert "curves.png" not in list(draw_plots(StudyAnalysis(folder)))
-    assert not (folder / "curves.png").exists()
+def test_a_plot_without_data_is_removed(tmp_path: Path) -> None:
+    """One evaluation is not a curve."""
+    result, nll = result_of("a", 0, 1.0)
+    result.rows[:] = [row for row in result.rows if row["step"] != "100"]
+    make_study(tmp_path, [(result, nll)], runs={"a": ""})
+    (tmp_path / "curves.png").write_bytes(b"an old plot")
+    assert list(draw_plots(StudyAnalysis(tmp_path))) == ["positions.png"]
+    assert not (tmp_path / "curves.png").exists()
 
 
 def test_large_numbers_have_three_digits() -> None:
-    assert [short(number) for number in (7, 999, 999_936, 1_113_600, 2.38e14)] == ["7", "999", "1 M", "1.11 M", "238 T"]
+    numbers = {7: "7", 999: "999", 999_936: "1 M", 1_113_600: "1.11 M", 2.38e14: "238 T"}
+    assert {number: format_large(number) for number in numbers} == numbers
 
 
-def test_a_number_changed_by_hand_is_found(made: Path, tmp_path: Path, minigpt: Callable[..., Outcome]) -> None:
-    folder = tmp_path / "made"
-    shutil.copytree(made, folder)
-    assert minigpt("report", folder).status == 0
-    text = (folder / "index.md").read_text("utf-8")
+def test_a_number_changed_by_hand_is_found(made: Path) -> None:
+    text = render_report(StudyAnalysis(made), [])
+    assert agrees(made, text)
     numbers = [match for match in re.finditer(r"\d", text) if "|" in text[text.rfind("\n", 0, match.start()) :][:3]]
-    for match in numbers[:: len(numbers) // 5]:
+    for match in numbers[:: len(numbers) // 3]:
         other = str((int(match[0]) + 1) % 10)
-        assert not says(folder, text[: match.start()] + other + text[match.end() :])
-    summary = folder / "runs" / "rare-1" / "summary.json"
-    summary.write_text(summary.read_text().replace('"tokens_seen": 409600', '"tokens_seen": 909600'))
-    assert not says(folder, text)
+        assert not agrees(made, text[: match.start()] + other + text[match.end() :])
+    change(made, rare_1=lambda result: result.summary.update(tokens_seen=909_600))
+    assert not agrees(made, text)
 
 
 def test_loss_by_position_and_by_character_are_of_the_right_tokens() -> None:
-    """Two windows of three targets, of one to three characters; the first token of the part is not scored."""
-    scores = TokenNLL(np.float16([1, 2, 3, 4, 6]), np.array([1, 2, 3, 1, 1]), np.int32([2, 8]), window=3)
-    found = scores.by_character()
-    assert np.isnan(found[:2]).all()
-    assert found[2:].tolist() == [1, 1, 1, 1, 1, 1, 4, 6]
-    assert scores.by_position().tolist() == [5 / 2, 8 / 3, 1]
+    """Two windows of three targets, of one to three characters; the first token of the split is not scored."""
+    sums = np.float32([2, 4, 6, 8, 12])  # over two seeds
+    nll = TokenNLL(sums, np.array([0, 1]), np.array([1, 2, 3, 1, 1]), np.int32([2, 8]), window=3)
+    values = nll.by_character()
+    assert np.isnan(values[:2]).all()
+    assert values[2:].tolist() == [1, 1, 1, 1, 1, 1, 4, 6]
+    assert nll.by_position().tolist() == [5 / 2, 8 / 3, 1]
 
 
-def test_a_check_by_random_windows_scatters_as_the_report_says() -> None:
-    draw = np.random.default_rng(3)
+def test_an_evaluation_on_random_windows_varies_as_the_report_says() -> None:
+    draw, one = np.random.default_rng(3), np.array([0])
     lengths = draw.integers(1, 4, 50 * 7 + 3)  # tokens; the last window is a short one
-    scores = TokenNLL((lengths * draw.gamma(2, 1, len(lengths))).astype(np.float16), lengths, np.zeros(51, np.int32), 7)
-    nats, characters = (x[:350].reshape(50, 7).sum(1) for x in (scores.nats.astype(float), lengths))
-    checks = [np.mean((nats / characters)[draw.integers(0, 50, 12)]) for _ in range(20_000)]
-    assert scores.sampling_error(12) == pytest.approx(np.std(checks), rel=0.03)
-    assert math.isnan(TokenNLL(np.ones(7, np.float16), np.ones(7), np.zeros(1, np.int32), 7).sampling_error(12))
+    losses = (lengths * draw.gamma(2, 1, len(lengths))).astype(np.float32)
+    nll = TokenNLL(losses, one, lengths, np.zeros(51, np.int32), 7)
+    nats, characters = (x[:350].reshape(50, 7).sum(1) for x in (losses.astype(float), lengths))
+    evaluations = [np.mean((nats / characters)[draw.integers(0, 50, 12)]) for _ in range(20_000)]
+    sd = nll.window_sd()
+    assert sd is not None
+    assert sd / 12**0.5 == pytest.approx(np.std(evaluations), rel=0.03)
+    single = TokenNLL(np.ones(7, np.float32), one, np.ones(7), np.zeros(1, np.int32), 7)
+    assert single.window_sd() is None
+
+
+def test_a_text_of_one_window_has_no_sampling_error(tmp_path: Path) -> None:
+    make_study(tmp_path, [result_of("a", 0, 1.0, window_sd=None)], runs={"a": ""})
+    assert math.isnan(StudyAnalysis(tmp_path).groups["a"].sampling_error)
 
 
 def test_a_folder_without_results_is_refused(minigpt: Callable[..., Outcome], tmp_path: Path) -> None:
-    done = minigpt("report", tmp_path)
-    assert (done.status, done.err.count("\n")) == (2, 1)
-    assert "name a results folder that minigpt study has written" in done.err
+    for content, message in (
+        (None, "name a folder that minigpt study has written"),
+        ("runs: {a: ''}", "holds no results"),
+    ):
+        if content:
+            (tmp_path / STUDY_FILE).write_text(content)
+        done = minigpt("report", tmp_path)
+        assert (done.status, done.err.count("\n")) == (2, 1)
+        assert message in done.err
