@@ -14,20 +14,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from minigpt_pl.data import tokenizer as tokenizers
+from minigpt_pl.data import datasets
 from minigpt_pl.data.config import DataConfig
 from minigpt_pl.data.corpus import TextStats, read_stats, text_error
-from minigpt_pl.data.datasets import (
-    Batch,
-    DistributedEvalSampler,
-    EvalBatch,
-    EvalDataset,
-    ResumableSampler,
-    SampledEvalDataset,
-    TrainDataset,
-)
+from minigpt_pl.data.datasets import Batch, EvalBatch, EvalDataset
 from minigpt_pl.data.token_cache import SPLITS, MemmapTokens, TokenArray, cache_dir, tokenize, train_bpe
-from minigpt_pl.data.tokenizer import CharTokenizer, Tokenizer
+from minigpt_pl.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
 
@@ -80,7 +72,7 @@ class TextDataModule(LightningDataModule):
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer if there is a checkpoint, else that of the text."""
         if self.checkpoint and self._text is None:
-            return tokenizers.load_tokenizer(self.checkpoint["tokenizer"], self.checkpoint["tokenizer_sha256"])
+            return load_tokenizer(self.checkpoint["tokenizer"], self.checkpoint["tokenizer_sha256"])
         return self.read().tokenizer
 
     @property
@@ -112,8 +104,6 @@ class TextDataModule(LightningDataModule):
         """
         if self._text is None:
             path, cache, config = self.resolve_path(), cache_dir(), self.config
-            if self.checkpoint and not path.exists():
-                raise text_error(path, "the checkpoint's text does not exist", "name it with --data.path FILE")
             stats = read_stats(path, cache)
             if self.checkpoint and stats.sha256 != self.checkpoint["text_sha256"]:
                 problem = "it is not the text that the checkpoint was trained on"
@@ -155,11 +145,12 @@ class TextDataModule(LightningDataModule):
         if config.batch_size % world:
             problem = f"it must be a multiple of the number of devices, {world}"
             raise UserError(problem, option="data.batch_size", value=config.batch_size)
-        dataset = TrainDataset(
+        dataset = datasets.TrainDataset(
             self.read().tokens["train"], config.block_size, config.batch_size, config.seed, accumulate,
             trainer.global_rank, world, config.sampling, config.token_noise, self.vocab_size,
         )  # fmt: skip
-        return self._loader(dataset, ResumableSampler(trainer.global_step * accumulate, trainer.max_steps * accumulate))
+        start, stop = trainer.global_step * accumulate, trainer.max_steps * accumulate
+        return self._loader(dataset, datasets.ResumableSampler(start, stop))
 
     def eval_step(self) -> int:
         """The step that an evaluation belongs to: the run's, or the checkpoint's."""
@@ -187,10 +178,10 @@ class TextDataModule(LightningDataModule):
         assert trainer is not None
         dataset, step = self.eval_dataset(split), None
         if config.eval_mode == "sampled":
-            purpose = (config.seed, "check", split)  # another word would draw other windows
-            dataset = SampledEvalDataset(*self._eval_args(split), count=config.eval_iters, purpose=purpose)
+            purpose = (config.seed, "check", split)  # a fixed key: another one would draw other windows
+            dataset = datasets.SampledEvalDataset(*self._eval_args(split), count=config.eval_iters, purpose=purpose)
             step = self.eval_step
-        sampler = DistributedEvalSampler(len(dataset), trainer.global_rank, trainer.world_size, step)
+        sampler = datasets.DistributedEvalSampler(len(dataset), trainer.global_rank, trainer.world_size, step)
         return self._loader(dataset, sampler)
 
     def val_dataloader(self) -> DataLoader[EvalBatch] | list[DataLoader[EvalBatch]]:

@@ -80,14 +80,7 @@ def train_bpe(
 
 
 def tokenize(path: Path, stats: TextStats, tokenizer: Tokenizer, ends: list[int], cache: Path) -> dict[str, TokenArray]:
-    """The token ids of each split, from the cache if they are there; in memory if it is not writable.
-
-    Args:
-        path: The text file.
-        stats: From `read_stats`.
-        tokenizer: The tokenizer.
-        ends: Where the splits end, in characters.
-        cache: Directory of the cache.
+    """The token ids of each split, from the cache if they are there. Split i ends at character `ends[i]`.
 
     Raises:
         UserError: If the text has changed since `stats` was made.

@@ -100,10 +100,7 @@ class CharTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Byte-pair encoding (Sennrich et al., arXiv 1508.07909) over characters; no merge crosses the end of a line.
 
-    Args:
-        vocabulary: The tokens, characters first.
-        merges: Pairs of tokens that become one, in the order in which they were learned.
-        max_line: Characters after which a line is cut.
+    Characters are the first tokens. `merges` has the pairs of tokens that become one, in the order of their training.
     """
 
     kind = "bpe"
@@ -117,13 +114,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, alphabet: str, chunks: Iterable[str], vocab_size: int, min_pair_freq: int) -> "BPETokenizer":
-        """Learns merges.
-
-        Args:
-            alphabet: Every character of the whole text, the first tokens.
-            chunks: The text to learn merges from.
-            vocab_size: Largest vocabulary.
-            min_pair_freq: A pair that occurs less often is not merged.
+        """Learns merges from a text; `alphabet` has every character that must become a token.
 
         Raises:
             UserError: If the alphabet alone is larger than vocab_size.

@@ -114,14 +114,14 @@ def test_a_character_of_the_validation_split_alone_is_in_the_vocabulary(tmp_path
 @pytest.mark.parametrize("kind", KINDS)
 def test_reading_in_chunks_of_any_size_gives_the_same_tokens(text_path: Path, cache: Path, kind: str) -> None:
     text_path.write_bytes(text_path.read_bytes() + b"one line " * 300)  # longer than a line may be for byte pairs
-    found = []
+    results = []
     for size in (1, 2, 7, 1000, 1 << 20):
         with patch.object(corpus, "CHUNK_BYTES", size):
             data = module(text_path, tokenizer=kind, test_frac=0.05)
-            found.append((data.text_stats, data.tokenizer.sha256, [data.tokens(split).tolist() for split in SPLITS]))
+            results.append((data.text_stats, data.tokenizer.sha256, [data.tokens(split).tolist() for split in SPLITS]))
         for entry in cache.iterdir():
             entry.unlink()
-    assert all(other == found[0] for other in found[1:])
+    assert all(result == results[0] for result in results[1:])
 
 
 @pytest.mark.parametrize(
@@ -177,20 +177,20 @@ def test_damaged_tokens_are_noticed_and_encoded_again(
 ) -> None:
     expected = split_texts(module(text_path))
     path = cached(cache)["tokens"]
-    whole = path.read_bytes()
-    path.write_bytes(damage(whole))
+    intact = path.read_bytes()
+    path.write_bytes(damage(intact))
     assert split_texts(module(text_path)) == expected
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == intact
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"definition": "{}", "sha256": "0"}', '{"definition": 1}'])
 def test_damaged_merges_are_noticed_and_learned_again(text_path: Path, cache: Path, damage: str) -> None:
     expected = module(text_path, tokenizer="bpe").tokenizer.dump()
     path = cached(cache)["merges"]
-    whole = path.read_bytes()
+    intact = path.read_bytes()
     path.write_text(damage, "utf-8")
     assert module(text_path, tokenizer="bpe").tokenizer.dump() == expected
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == intact
 
 
 def test_cache_entries_are_found_by_everything_that_determines_them(text_path: Path, cache: Path) -> None:
