@@ -166,6 +166,7 @@ class MiniGPTCLI(LightningCLI):
         try:
             namespace = parser.parse_args([self.command, "--config", yaml.safe_dump(base), *self.args])
         except argparse.ArgumentError as error:
+            errors.check_options(options.config_options(base, str(self.ckpt_path)), "fit")  # anyone may have written it
             raise errors.explain_parse_error(error, self.user_options) from error
         namespace[self.command].ckpt_path = None  # else LightningCLI lets the checkpoint override the command line
         plain = yaml.safe_load(self._parser(self.command).dump(namespace[self.command], skip_none=False))
@@ -197,10 +198,8 @@ class MiniGPTCLI(LightningCLI):
         if self.checkpoint:
             state = self.checkpoint["TextDataModule"]
             data.load_state_dict({**state, "step": self.checkpoint["global_step"]})
-            if (
-                not any(option.name == "data.path" for option in self.user_options)
-                and Path(state["text_path"]).is_file()
-            ):
+            named = any(option.name == "data.path" for option in self.user_options)
+            if not named and Path(state["text_path"]).is_file():
                 data.path = state["text_path"]  # the run's relative path was relative to another directory
         if self.fits:
             errors.check_memory(self.resolved, data.vocab_size)

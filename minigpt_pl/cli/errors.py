@@ -113,15 +113,12 @@ def group_problem(option: UserOption, example: str) -> tuple[str, str] | None:
 
 def closest_match(name: str, names: Iterable[str]) -> str | None:
     """The name that a misspelt one may mean; its group may be missing."""
-    names = list(names)
     last = name.rpartition(".")[2]
-    by_last = {known.rpartition(".")[2]: known for known in reversed(names)}
-    if last in by_last:
-        return by_last[last]
-    if near := get_close_matches(name, names, n=1, cutoff=0.75):
-        return near[0]
-    near = get_close_matches(last, by_last, n=1, cutoff=0.7)
-    return by_last[near[0]] if near else None
+    known = {one.rpartition(".")[2]: one for one in reversed(list(names))} | {one: one for one in names}
+    for wanted, cutoff in ((last, 1.0), (name, 0.75), (last, 0.7)):
+        if near := get_close_matches(wanted, known, n=1, cutoff=cutoff):
+            return known[near[0]]
+    return None
 
 
 def type_accepts(hint: Any, value: Any) -> bool:
@@ -158,9 +155,8 @@ def explain_parse_error(error: ArgumentError, user_options: list[UserOption]) ->
     message = str(error)
     found = re.search(r'(?:Parser key "|[Oo]ption \'|argument --)([\w.]+)', message)
     key = option_name(found[1]) if found else ""
-    subject = next(
-        (option for option in reversed(user_options) if key and option.name.startswith(key)), key or "an option"
-    )
+    named = [option for option in user_options if key and key not in GROUPS and option.name.startswith(key)]
+    subject = named[-1] if named else key or "an option"
     problem, remedy = "this value cannot be used here", ""
     if found := re.search(r"(?:dot import path string: |has no attribute ')(\w+)", message):
         near = get_close_matches(found[1], callbacks.__all__, n=1)
@@ -228,10 +224,9 @@ def mps_attention_leaks(torch_version: str, device: str, precision: str) -> bool
 def check_memory(config: dict[str, Any], vocab_size: int) -> None:
     """Raises UserError for a model or a batch that is far too large for the memory of this machine."""
     sizes = config["model"]["init_args"] | {"vocab_size": vocab_size}
-    model = MODELS[class_name(config)]
     try:
         with torch.device("meta"):  # shapes without numbers
-            net = model(**{**sizes, "n_layer": min(1, sizes["n_layer"]), "compile": False}).net
+            net = MODELS[class_name(config)](**sizes | {"n_layer": 1, "compile": False}).net
     except (RuntimeError, OverflowError, TypeError):
         raise UserError("the model is much too large", remedy=f"lower {LOWER_SIZES}") from None
     weights = sum(p.numel() for p in net.parameters())
@@ -262,19 +257,18 @@ def unused_options(user_options: list[UserOption], config: dict[str, Any], comma
         "trainer.devices": "predict always uses one device" if command == "predict" else "",
     }
     if command != "fit":
-        training = ("lr", "muon_lr", "dropout", "weight_decay", "lr_schedule", "moe_aux_loss_coef")
-        names = [*(f"model.{name}" for name in training), "data.eval_every"]
-        reasons |= dict.fromkeys(names, f"{command} does not train")
+        names = ("lr", "muon_lr", "dropout", "weight_decay", "lr_schedule", "moe_aux_loss_coef")
+        reasons |= dict.fromkeys(["data.eval_every", *(f"model.{name}" for name in names)], f"{command} does not train")
     unused = {
         option.name: f"{option} has no effect: {reason}"
         for option in user_options
         for prefix, reason in reasons.items()
         if reason and not option.file and option.name.startswith(prefix)
     }
-    top_1 = plain.get("model.n_experts") and plain["model.moe_top_k"] == 1
-    if command == "fit" and top_1 and plain["model.moe_gate"] == "softmax_selected":
-        gate = "model.moe_gate softmax_selected"
-        unused["moe_gate"] = f"{gate}: with model.moe_top_k 1 the router learns from the balance loss alone"
+    top_1 = command == "fit" and plain.get("model.n_experts") and plain["model.moe_top_k"] == 1
+    if top_1 and plain["model.moe_gate"] == "softmax_selected":
+        note = "with model.moe_top_k 1 the router learns from the balance loss alone"
+        unused["moe_gate"] = f"model.moe_gate softmax_selected: {note}"
     return unused
 
 

@@ -8,7 +8,6 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -87,28 +86,22 @@ class OptionSpec(NamedTuple):
 def option_specs(command: str) -> dict[str, OptionSpec]:
     """Every option of a command by its dotted name, in the order of --help."""
     fits = command == "fit"
-    groups: dict[str, tuple[type, ...]] = {"sample": (PredictConfig,)} if command == "predict" else {}
-    groups |= {"model": (ModernLM, ClassicLM, AblationLM), "data": (TextDataModule,)}
+    groups: dict[str, list[Any]] = {"sample": [PredictConfig]} if command == "predict" else {}
+    groups |= {"model": [ModernLM, ClassicLM, AblationLM], "data": [TextDataModule]}
     if fits:
-        groups |= {
-            "early_stopping": (ValLossEarlyStopping,),
-            "checkpoint": (CheckpointConfig,),
-            "samples": (SampleCallback,),
-            "wandb": (WandbConfig,),
-        }
+        groups |= {"early_stopping": [ValLossEarlyStopping], "checkpoint": [CheckpointConfig]}
+        groups |= {"samples": [SampleCallback], "wandb": [WandbConfig]}
     run_dir = "The run's directory. Default: runs/TIME-MODEL." if fits else "Directory of --ckpt_path last and best."
-    start = (
-        "to resume or fork: a file, or last in --run_dir" if fits else "to read: a file, or last or best in --run_dir"
-    )
+    start = "a file, or last in --run_dir" if fits else "a file, or last or best in --run_dir"
     specs = {
         "config": OptionSpec(str, help="YAML file, or a shipped one such as modern or journey/p2_refine."),
         "run_dir": OptionSpec(str, "", run_dir),
-        "ckpt_path": OptionSpec(str, None, f"Checkpoint {start}."),
+        "ckpt_path": OptionSpec(str, None, f"Checkpoint to start from: {start}."),
         "seed_everything": OptionSpec(Seed, help="Seed of everything in a run that is random."),
         "print_config": OptionSpec(None, help="Print the resolved configuration, as a file for --config, and exit."),
         "model": OptionSpec(type, "ModernLM", "ModernLM, ClassicLM, or AblationLM: a stage between the two."),
     }
-    for group, classes in (groups | {"trainer": (Trainer,)}).items():
+    for group, classes in (groups | {"trainer": [Trainer]}).items():
         members = [class_options(cls) for cls in classes]
         for cls, options in zip(classes, members, strict=True):
             for name, spec in options.items():
@@ -124,19 +117,15 @@ def class_options(cls: Any) -> dict[str, OptionSpec]:
     """The documented arguments of a class; those of a model are the fields of its config_class."""
     owner = getattr(cls, "config_class", cls)
     hints, parameters = get_type_hints(owner.__init__), inspect.signature(owner).parameters
-    documented = owner.__mro__[::-1] if is_dataclass(owner) else [owner.__init__ if owner is Trainer else owner]
+    bases = owner.__mro__[::-1] if hasattr(owner, "__dataclass_fields__") else [owner]
     texts: dict[str, str] = {}
-    for part in documented:
+    for part in [Trainer.__init__] if owner is Trainer else bases:
         arguments = docstring_parser.parse(part.__doc__ or "").params
         texts |= {argument.arg_name: " ".join((argument.description or "").split()) for argument in arguments}
     if owner is Trainer:
         texts, hints = {**TRAINER_HELP, **texts, **TRAINER_HELP}, hints | TRAINER_TYPES
-    order = parameters if is_dataclass(owner) else texts
-    return {
-        name: OptionSpec(hints[name], parameters[name].default, texts[name])
-        for name in order
-        if name in texts and name in parameters
-    }
+    known = {name: text for name, text in texts.items() if name in parameters}
+    return {name: OptionSpec(hints[name], parameters[name].default, text) for name, text in known.items()}
 
 
 class UserOption(NamedTuple):
@@ -223,9 +212,13 @@ def options_in_file(file: str, typed: str, group: str) -> list[UserOption]:
     if not isinstance(content, dict):
         kind = {list: "a list", type(None): "empty"}.get(type(content), "plain text")
         raise error(f"the file is {kind}", "write options by name, such as data: {batch_size: 16}")
-    names = flatten(content, f"{group}." if group else "")
-    options = [UserOption(option_name(n), v, re.sub(r"\.(init_args|class_path)\b", "", n), file) for n, v in names]
-    return sorted(options, key=lambda option: option.name != "model")  # the class before its options
+    return config_options(content, file, f"{group}." if group else "")
+
+
+def config_options(config: dict[str, Any], file: str, prefix: str = "") -> list[UserOption]:
+    """The options of a configuration that stands in a file; the model's class comes before its options."""
+    names = [(option_name(name), value) for name, value in flatten(config, prefix)]
+    return sorted([UserOption(name, value, name, file) for name, value in names], key=lambda one: one.name != "model")
 
 
 def flatten(node: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -48,7 +48,8 @@ FILES = {
 }
 
 PARSER_NOISE = re.compile(
-    r"NoneType|Namespace|Union|Traceback|<class|Parser key|argument -|Expected|Subtypes|subcommand|\berror: |\.py\b|Errno"
+    r"NoneType|Namespace|Union|Traceback|<class|Parser key|argument -|Expected|Subtypes|subcommand|"
+    r"\berror: |\.py\b|Errno"
 )
 """Words of the parser, of Python and of its libraries, which no message may contain. (init_args only as typed.)"""
 
@@ -154,8 +155,11 @@ def test_the_last_of_several_values_is_named_and_a_default_by_its_bare_name(mini
     assert default == "model.n_head 4: it must divide n_embd, 129"
 
 
-ODD = ("", " ", "null", "~", "nan", "-inf", "0", "-1", "1.5", "1e400", "9" * 30, "true", "x", "é", "a: b", "[1, 2]", "{a: 1}", "[",
-       "'", "%s", "${x}", "!!python/name:os.system", "@tiny.yaml", "tiny.yaml", "run", "\n", "-", "=", "os.system", "ModernLM")  # fmt: skip
+ODD = (
+    "", " ", "null", "~", "nan", "-inf", "0", "-1", "1.5", "1e400", "9" * 30, "true", "x", "é", "a: b", "[1, 2]",
+    "{a: 1}", "[", "'", "%s", "${x}", "!!python/name:os.system", "@tiny.yaml", "tiny.yaml", "run", "\n", "-", "=",
+    "os.system", "ModernLM",
+)  # fmt: skip
 """Values that some option may not expect."""
 
 

@@ -1,13 +1,15 @@
-"""The shipped configs: every one runs, in every order; each value is written once; the seed document's runs hold still.
+"""The shipped configs: each one runs, in any order; each value is written once; the reference report's runs are fixed.
 
-What an option does is tested in its room; here only that a file says what it should and reaches what is built.
-`python tests/cli/test_configs.py` writes fixtures/journey.json anew: do that only where a run is meant to change.
+What an option does is tested in its room; here it is tested that the files have the right values, and that these reach
+the objects that are built. `python tests/cli/test_configs.py` rewrites fixtures/journey.json: do that only if a run is
+meant to change.
 """
 
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -20,14 +22,16 @@ from conftest import PROJECT, Outcome
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from minigpt_pl.cli import app, help
+from minigpt_pl.cli import help, options
 from minigpt_pl.cli.app import MiniGPTCLI
-from minigpt_pl.data.datamodule import TextDataModule
+from minigpt_pl.cli.options import flatten
+from minigpt_pl.data.config import DataConfig
 from minigpt_pl.data.tokenizer import BPETokenizer, CharTokenizer
+from minigpt_pl.models.config import GPTConfig, ModernConfig
 from minigpt_pl.models.dropout import Dropout
 from minigpt_pl.models.gpt import ClassicGPT, ModernGPT
 from minigpt_pl.training.checkpointing import BestCheckpoint, LastCheckpoint
-from minigpt_pl.training.lit_modules import MUON_LR, ClassicLM, ModernLM
+from minigpt_pl.training.lit_modules import LanguageModelConfig, ModernLM, ModernLMConfig
 from minigpt_pl.training.sampling import SampleCallback
 from minigpt_pl.training.stopping import GracefulStop, ValLossEarlyStopping
 
@@ -38,32 +42,32 @@ JOURNEY = (
     "classic_baseline", "classic_tuned", "p2_refine", "modern_dense", "modern_dense_control", "modern_moe",
     "modern_moe_tuned", "modern_moe_char_01", "modern_moe_char_02", "bpe_test", "bpe_improved",
 )  # fmt: skip
-FRONTIER = ("laptop", "shakespeare", "saltmarsh")
+RECIPES = ("laptop", "shakespeare", "saltmarsh")
 SECONDS = (
     "--model.n_layer", 1, "--model.n_head", 2, "--model.n_embd", 8, "--model.block_size", 16, "--data.batch_size", 2,
     "--trainer.max_steps", 2, "--data.max_eval_tokens", 64, "--wandb", "null",
 )  # fmt: skip
-"""Options that make a run of any config a matter of less than a second."""
+"""Options with which a run of any config takes less than a second."""
 
 MiniGPT = Callable[..., Outcome]
 
 
 class Built(MiniGPTCLI):
-    """A fit that is built and not begun."""
+    """A fit that is built, but not started."""
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         pass
 
 
 class Parsed(MiniGPTCLI):
-    """The settings of a fit, of which nothing is built."""
+    """The configuration of a fit that is not built."""
 
     def instantiate_classes(self) -> None:
-        raise StopIteration(self.settings)
+        raise StopIteration(self.resolved)
 
 
 def with_configs(*names: str) -> list[str]:
-    return [word for name in names for word in ("-c", name)]
+    return [arg for name in names for arg in ("-c", name)]
 
 
 def build(*names: str) -> Built:
@@ -72,18 +76,9 @@ def build(*names: str) -> Built:
 
 
 def resolve(*names: str) -> dict[str, Any]:
-    with pytest.raises(StopIteration) as settings:
+    with pytest.raises(StopIteration) as stop:
         Parsed("fit", with_configs(*names))
-    return settings.value.value
-
-
-def leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of nested settings."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from leaves(value, f"{name}.{key}" if name else key)
-    else:
-        yield name, node
+    return stop.value.value
 
 
 def config(name: str) -> dict[str, Any]:
@@ -92,14 +87,14 @@ def config(name: str) -> dict[str, Any]:
 
 @cache
 def resolved_leaves(*names: str) -> dict[str, Any]:
-    return dict(leaves(resolve(*names)))
+    return dict(flatten(resolve(*names)))
 
 
 # Every config runs.
 
 
 @pytest.mark.parametrize(
-    "name", ["default", *AXES, *(f"journey/{run}" for run in JOURNEY), *(f"recipes/{run}" for run in FRONTIER)]
+    "name", ["default", *AXES, *(f"journey/{run}" for run in JOURNEY), *(f"recipes/{run}" for run in RECIPES)]
 )
 def test_a_config_runs(minigpt: MiniGPT, tmp_path: Path, text_file: Path, name: str) -> None:
     done = minigpt("fit", "-c", name, *SECONDS, "--data.path", text_file, "--run_dir", tmp_path / "run")
@@ -109,28 +104,22 @@ def test_a_config_runs(minigpt: MiniGPT, tmp_path: Path, text_file: Path, name: 
 
 
 @pytest.mark.parametrize("pair", list(combinations(AXES, 2)), ids="-".join)
-def test_two_configs_work_in_either_order(
-    minigpt: MiniGPT, tmp_path: Path, text_file: Path, pair: tuple[str, str]
-) -> None:
-    """Different axes commute; of one axis the last wins."""
-    first, second = pair
-    place = ("--data.path", text_file, "--run_dir", tmp_path / "run")
-    done = minigpt("fit", "-c", first, "-c", second, *SECONDS, *place)
-    assert done.status == 0, done.err
-    build(second, first)
+def test_two_configs_work_in_either_order(pair: tuple[str, str]) -> None:
+    """Different axes commute; of one axis the last config wins."""
+    build(*pair)
+    build(*reversed(pair))
     if set(pair) <= {"classic", "modern", "moe"}:
         for names in (pair, pair[::-1]):
             both, alone = resolved_leaves(*names), resolved_leaves(names[-1])
-            idle = {"model.init_args.moe_aux_loss_coef"} if names[-1] == "modern" else set()  # no experts read it
-            assert {name for name in both if both[name] != alone[name]} <= idle
+            unused = {"model.init_args.moe_aux_loss_coef"} if names[-1] == "modern" else set()  # a dense model
+            assert {name for name in both if both[name] != alone[name]} <= unused
     else:
-        assert resolved_leaves(first, second) == resolved_leaves(second, first)
+        assert resolved_leaves(*pair) == resolved_leaves(*reversed(pair))
 
 
 def test_smoke_makes_a_run_of_the_journey_small() -> None:
     for name in TABLE:
-        settings = resolve(f"journey/{name}", "smoke")
-        assert dict(leaves(config("smoke"))).items() <= dict(leaves(settings)).items(), name
+        assert dict(flatten(config("smoke"))).items() <= resolved_leaves(f"journey/{name}", "smoke").items(), name
 
 
 # A value is written once.
@@ -138,58 +127,58 @@ def test_smoke_makes_a_run_of_the_journey_small() -> None:
 
 def test_no_value_stands_both_in_the_code_and_in_default_yaml() -> None:
     owners = {
-        "model.init_args": [ClassicLM, ModernLM],
-        "data": [TextDataModule],
+        "model.init_args": [LanguageModelConfig, ModernLMConfig],
+        "data": [DataConfig],
         "early_stopping": [ValLossEarlyStopping],
         "samples": [SampleCallback],
     }
     twice = []
-    for name, _ in leaves(config("default")):
+    for name, _ in flatten(config("default")):
         group, _, key = name.rpartition(".")
         for owner in owners.get(group, []):
             parameters = inspect.signature(owner).parameters
-            assert key in parameters, f"{name} is no setting of {owner.__name__}"
+            assert key in parameters, f"{name} is no option of {owner.__name__}"
             twice += [name] * (parameters[key].default is not inspect.Parameter.empty)
     assert not twice
 
 
 @pytest.mark.parametrize("name", AXES)
 def test_a_config_holds_only_differences(name: str) -> None:
-    settings = resolved_leaves(name)
+    leaves = resolved_leaves(name)
     others = [resolved_leaves(other) for other in (*AXES[:3], "default") if other != name]
-    for leaf, value in leaves(config(name)):
+    for leaf, value in flatten(config(name)):
         if leaf != "model.class_path":  # named also where it is the default's, so that every order works
-            assert any(other.get(leaf) != settings[leaf] for other in others), f"{leaf}: {value} changes nothing"
+            assert any(other.get(leaf) != leaves[leaf] for other in others), f"{leaf}: {value} changes nothing"
 
 
-# The frontier: what each recipe may use.
+# What each recipe may use.
 
 
 @pytest.mark.parametrize(
     ("name", "most_parameters", "most_tokens"),
     [("laptop", 820_000, 1_536_000), ("shakespeare", 10_700_000, 5000 * 64 * 256)],
 )
-def test_a_recipe_keeps_to_its_budget(name: str, most_parameters: int, most_tokens: int) -> None:
-    settings = resolve(f"recipes/{name}")
-    sizes, trainer = settings["model"]["init_args"], settings["trainer"]
-    tokens = trainer["max_steps"] * trainer["accumulate_grad_batches"] * settings["data"]["batch_size"]
+def test_a_recipe_stays_within_its_budget(name: str, most_parameters: int, most_tokens: int) -> None:
+    resolved = resolve(f"recipes/{name}")
+    sizes, trainer = resolved["model"]["init_args"], resolved["trainer"]
+    tokens = trainer["max_steps"] * trainer["accumulate_grad_batches"] * resolved["data"]["batch_size"]
     assert tokens * sizes["block_size"] <= most_tokens
     with torch.device("meta"):
         net = ModernLM(**{**sizes, "vocab_size": 65}).net  # tiny Shakespeare's
     assert net.params_active() <= most_parameters
 
 
-def test_the_frontier_is_all_tested() -> None:
-    assert sorted(path.stem for path in (CONFIGS / "recipes").glob("*.yaml")) == sorted(FRONTIER)
+def test_every_recipe_is_tested() -> None:
+    assert sorted(path.stem for path in (CONFIGS / "recipes").glob("*.yaml")) == sorted(RECIPES)
 
 
-# The seed document's runs.
+# The reference report's runs.
 
 
-def of_interest(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that decide what is learned, without what is off in the Trainer: Lightning may add to that."""
-    on = {name: value for name, value in settings["trainer"].items() if value is not None}
-    return {name: settings[name] for name in settings if name not in ("last", "wandb")} | {"trainer": on}
+def what_is_learned(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide it. Those of the Trainer that are null are left out: Lightning may add others."""
+    trainer = {name: value for name, value in resolved["trainer"].items() if value is not None}
+    return {name: resolved[name] for name in resolved if name not in ("checkpoint", "wandb")} | {"trainer": trainer}
 
 
 def plain(node: Any) -> Any:
@@ -197,7 +186,7 @@ def plain(node: Any) -> Any:
 
 
 def learning_rates(run: Built, steps: list[int]) -> list[float]:
-    """What the optimizer is given for the update after so many steps."""
+    """The learning rate of the update that follows so many steps."""
     run.trainer.strategy.connect(run.model)
     run.model.trainer, run.trainer.strategy.optimizers = run.trainer, [run.model.configure_optimizers()]
     progress = run.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
@@ -217,14 +206,14 @@ def describe(run: Built) -> dict[str, Any]:
     looked_at = [0, 1, steps // 20, steps // 2, steps]
     rates = learning_rates(run, looked_at)
     return plain({
-        "settings": of_interest(run.settings),
+        "config": what_is_learned(run.resolved),
         "model": {"class": type(net).__name__, "parameters": net.params_total(), "active": net.params_active()},
         "optimizer": {"class": type(optimizer).__name__, "groups": groups},
         "lr_after_step": {str(step): f"{rate:.6e}" for step, rate in zip(looked_at, rates, strict=True)},
         "data": {
             "tokenizer": type(run.datamodule.tokenizer).__name__,
             "vocabulary": run.datamodule.vocab_size,
-            "tokens": {part: len(run.datamodule.tokens(part)) for part in ("train", "val")},
+            "tokens": {split: len(run.datamodule.tokens(split)) for split in ("train", "val")},
         },
         "callbacks": sorted(type(callback).__name__ for callback in run.trainer.callbacks),
     })  # fmt: skip
@@ -234,30 +223,30 @@ def journey() -> dict[str, Any]:
     return {name: describe(build(f"journey/{name}")) for name in JOURNEY}
 
 
-def test_the_journey_is_what_it_was() -> None:
+def test_the_journey_has_not_changed() -> None:
     assert sorted(path.stem for path in (CONFIGS / "journey").glob("*.yaml")) == sorted(JOURNEY)
     stored = json.loads(FIXTURE.read_text("utf-8"))
     now = journey()
     assert now.keys() == stored.keys()
     for name in JOURNEY:
-        was, settings = dict(leaves(stored[name])), dict(leaves(now[name]))
-        since = {leaf: settings.pop(leaf) for leaf in settings.keys() - was.keys()}
-        assert settings == was, name
-        options = {leaf.removeprefix("settings.model.init_args."): value for leaf, value in since.items()}
-        assert options.items() <= CAME_LATER.items(), f"{name}: an option that came later is not off"
+        before, after = dict(flatten(stored[name])), dict(flatten(now[name]))
+        newer = {leaf: after.pop(leaf) for leaf in after.keys() - before.keys()}
+        assert after == before, name
+        newer = {leaf.removeprefix("config.model.init_args."): value for leaf, value in newer.items()}
+        assert newer.items() <= NEWER_OPTIONS.items(), f"{name}: a newer option is not off"
 
 
-CAME_LATER = {
-    "optimizer": "adamw", "muon_lr": MUON_LR, "tie_embeddings": True, "zero_init": False, "conv_kernel_size": 0,
-    "settings.data.sampling": "random", "settings.data.token_noise": 0.0,
+NEWER_OPTIONS = {
+    "optimizer": "adamw", "muon_lr": 0.01, "tie_embeddings": True, "zero_init": False, "conv_kernel_size": 0,
+    "config.data.sampling": "random", "config.data.token_noise": 0.0,
 }  # fmt: skip
-"""Options that the seed document does not know, as they must stand for its runs."""
+"""Options that are newer than the reference report, with the values that its runs need."""
 
 
 def test_the_runs_of_the_journey_differ() -> None:
     stored = json.loads(FIXTURE.read_text("utf-8"))
     for one, other in combinations(JOURNEY, 2):
-        assert stored[one]["settings"] != stored[other]["settings"], (one, other)
+        assert stored[one]["config"] != stored[other]["config"], (one, other)
 
 
 @pytest.mark.parametrize(
@@ -273,33 +262,39 @@ def test_the_runs_of_the_journey_differ() -> None:
         ("bpe_test", "bpe_improved", {"bpe_vocab_size"}),
     ],
 )
-def test_a_run_of_the_journey_changes_what_its_comment_says(before: str, after: str, changes: set[str]) -> None:
-    was, now = resolved_leaves(f"journey/{before}"), resolved_leaves(f"journey/{after}")
-    assert {name.rpartition(".")[2] for name in was.keys() | now.keys() if was.get(name) != now.get(name)} == changes
+def test_a_run_of_the_journey_changes_only_what_its_comment_names(before: str, after: str, changes: set[str]) -> None:
+    old, new = resolved_leaves(f"journey/{before}"), resolved_leaves(f"journey/{after}")
+    assert {name.rpartition(".")[2] for name in old.keys() | new.keys() if old.get(name) != new.get(name)} == changes
 
 
 def test_modern_dense_is_p2_refine_with_another_decoder() -> None:
-    was, now = resolved_leaves("journey/p2_refine"), resolved_leaves("journey/modern_dense")
-    unread = {"data.bpe_vocab_size"}
-    differ = {name for name in was if was[name] != now[name]} - unread
-    assert differ == {"model.class_path"}
+    old, new = resolved_leaves("journey/p2_refine"), resolved_leaves("journey/modern_dense")
+    unused = {"data.bpe_vocab_size"}
+    assert {name for name in old if old[name] != new[name]} - unused == {"model.class_path"}
 
 
-def test_the_journey_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever default.yaml says, of what it says today and of what it might, the runs stay as they are."""
+def test_the_journey_does_not_depend_on_default_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs stay as they are if default.yaml has other values, or more options."""
     stored = json.loads(FIXTURE.read_text("utf-8"))
 
     def other(name: str, value: Any) -> Any:
         if isinstance(value, bool) or name.endswith("class_path"):
             return value
-        return {"path": "elsewhere.txt"}.get(name, value) if isinstance(value, str) else value + 1
+        if isinstance(value, str):
+            return {"path": "elsewhere.txt"}.get(name, value)
+        return value + 1 if isinstance(value, int) else value / 2
 
     default = config("default")
     for group in (default["model"]["init_args"], default["data"], default["trainer"], default["samples"]):
         group |= {name: other(name, value) for name, value in group.items()}
     default["seed_everything"] += 1
     default["early_stopping"] = None
-    default["model"]["init_args"] |= {"n_layer": 7, "lr_schedule": "constant", "ffn_mult": 3.0, "moe_gate": "softmax_all"}
+    default["model"]["init_args"] |= {
+        "n_layer": 7,
+        "lr_schedule": "constant",
+        "ffn_mult": 3.0,
+        "moe_gate": "softmax_all",
+    }
     default["data"] |= {
         "tokenizer": "bpe",
         "eval_mode": "sampled",
@@ -310,16 +305,16 @@ def test_the_journey_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     default["trainer"] |= {"accumulate_grad_batches": 3}
     (tmp_path / "default.yaml").write_text(yaml.safe_dump(default), "utf-8")
     (tmp_path / "journey").symlink_to(CONFIGS / "journey")
-    monkeypatch.setattr(app, "CONFIGS", tmp_path)
-    unread = {"model.init_args.moe_gate"}  # by a dense model
+    monkeypatch.setattr(options, "CONFIGS", tmp_path)
+    unused = {"model.init_args.moe_gate"}  # by a dense model
     for name in JOURNEY:
-        was, now = stored[name]["settings"], of_interest(resolve(f"journey/{name}"))
-        dense = was["model"]["init_args"].get("n_experts") == 0
-        moved = {leaf for leaf, value in leaves(was) if dict(leaves(now))[leaf] != value}
-        assert moved <= (unread if dense else set()), name
+        before, after = stored[name]["config"], what_is_learned(resolve(f"journey/{name}"))
+        dense = before["model"]["init_args"].get("n_experts") == 0
+        changed = {leaf for leaf, value in flatten(before) if dict(flatten(after))[leaf] != value}
+        assert changed <= (unused if dense else set()), name
 
 
-def test_ranks_7_and_8_train_alike_until_the_first_stops(tmp_path: Path) -> None:
+def test_two_runs_of_the_table_train_alike_until_the_first_stops(tmp_path: Path) -> None:
     class Hashes(Callback):
         def __init__(self) -> None:
             self.after: list[int] = []
@@ -352,7 +347,7 @@ def test_ranks_7_and_8_train_alike_until_the_first_stops(tmp_path: Path) -> None
     assert seen["p2_refine"][:first] == seen["classic_tuned"]
 
 
-# The seed document's parameter table, on what is built.
+# The reference report's parameter table, on the objects that are built.
 
 TABLE = {
     "p2_refine": {
@@ -372,8 +367,8 @@ TABLE = {
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_the_parameter_table_reaches_what_is_built(name: str) -> None:
-    said, run = TABLE[name], build(f"journey/{name}")
+def test_the_parameter_table_reaches_the_objects(name: str) -> None:
+    table, run = TABLE[name], build(f"journey/{name}")
     data, net, trainer = run.datamodule, run.model.net, run.trainer
     data.trainer = trainer
     built: dict[str, set[Any]] = {}
@@ -381,19 +376,19 @@ def test_the_parameter_table_reaches_what_is_built(name: str) -> None:
     # The text and its windows.
     text = (PROJECT / "data" / "input.txt").read_text("utf-8")
     built["input_path"] = {str(data.resolve_path().resolve().relative_to(PROJECT))}
-    assert len(data.tokens("train")) == int(said["train_frac"] * len(text))
+    assert len(data.tokens("train")) == int(table["train_frac"] * len(text))
     assert data.tokenizer.decode(data.tokens("val").tolist()) == text[len(data.tokens("train")) :]
     built["tokenizer"] = {{CharTokenizer: "char", BPETokenizer: "bpe"}[type(data.tokenizer)]}
     inputs, targets = next(iter(data.train_dataloader()))
     built["batch_size"], built["block_size"] = {inputs.size(0), targets.size(0)}, {inputs.size(1), net.block_size}
-    assert len(data.train_dataloader()) == said["max_steps"]
+    assert len(data.train_dataloader()) == table["max_steps"]
     built["max_steps"] = {trainer.max_steps}
-    built["eval_every"] = {trainer.val_check_interval, data.eval_every}
-    assert data.eval_mode == "full"
-    data.eval_mode = "sampled"
+    built["eval_every"] = {trainer.val_check_interval, data.config.eval_every}
+    assert data.config.eval_mode == "full"
+    data.config = replace(data.config, eval_mode="sampled")
     built["eval_iters"] = {len(data.eval_dataloader("val"))}
-    for setting in ("bpe_vocab_size", "bpe_min_pair_freq"):  # unused, the table says
-        built[setting] = {getattr(data, setting)}
+    for setting in ("bpe_vocab_size", "bpe_min_pair_freq"):  # unused according to the table
+        built[setting] = {getattr(data.config, setting)}
 
     # The model.
     built["n_layer"], built["n_embd"] = {len(net.blocks)}, {net.token_embedding.embedding_dim, net.norm.weight.numel()}
@@ -401,9 +396,14 @@ def test_the_parameter_table_reaches_what_is_built(name: str) -> None:
     dropouts = [module for module in net.modules() if isinstance(module, (Dropout, nn.Dropout))]
     assert len(dropouts) >= 1 + 2 * len(net.blocks)
     built["dropout"] = {module.p for module in dropouts}
+    sizes = {
+        "vocab_size": data.vocab_size,
+        "block_size": table["block_size"],
+        "dropout": 0.0,
+    }  # with defaults otherwise
     if isinstance(net, ClassicGPT):
-        assert net.position_embedding.num_embeddings == said["block_size"]
-        twin = ClassicGPT(data.vocab_size, 128, 4, 4, 128, 0.0, seed=said["seed"])
+        assert net.position_embedding.num_embeddings == table["block_size"]
+        twin = ClassicGPT(GPTConfig(**sizes), seed=table["seed"])
     else:
         assert isinstance(net, ModernGPT)
         built["rms_norm_eps"] = {module.eps for module in net.modules() if isinstance(module, nn.RMSNorm)}
@@ -416,31 +416,29 @@ def test_the_parameter_table_reaches_what_is_built(name: str) -> None:
             built.setdefault("ffn_mult", set()).add(moe.gate_up.size(1) / 2 / 128)
         rates = torch.atan2(net.blocks[0].attention.rope.sin[1, 16:], net.blocks[0].attention.rope.cos[1, 16:])
         theta = rates[1].item() ** (-32 / 2)  # the second pair of a head 32 wide turns by theta ** (-2 / 32) a position
-        assert theta == pytest.approx(said["rope_theta"], rel=1e-4)
-        built["rope_theta"] = {said["rope_theta"]}
+        assert theta == pytest.approx(table["rope_theta"], rel=1e-4)
+        built["rope_theta"] = {table["rope_theta"]}
         zero, one = torch.zeros(()), torch.ones(())
         assert run.model.total_loss(one, zero) == 1
         built["moe_aux_loss_coef"] = {round(run.model.total_loss(zero, one).item(), 9)}
-        sizes = (data.vocab_size, 192, 4, 4, 128, 0.0, 1e4, 1e-8, 2.0, 4, 1)
-        twin = ModernGPT(
-            *sizes, "softmax_selected", said["seed"], tie_embeddings=True, zero_init=False, conv_kernel_size=0
-        )
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True)), (
-        "drawn from the seed"
-    )
-    built["seed"] = {data.seed}
+        modern = {"ffn_mult": 2.0, "n_experts": 4, "moe_gate": "softmax_selected", "tie_embeddings": True}
+        modern |= {"zero_init": False, "conv_kernel_size": 0, **sizes}
+        twin = ModernGPT(ModernConfig(**modern), seed=table["seed"])
+    same = [torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True)]
+    assert all(same), "the weights are drawn from the seed"
+    built["seed"] = {data.config.seed}
 
-    # How it learns, and when that ends.
+    # The optimizer, and when training ends.
     optimizer = run.model.configure_optimizers()
     assert type(optimizer) is torch.optim.AdamW
     assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == net.params_total()
     built["weight_decay"] = {group["weight_decay"] for group in optimizer.param_groups}
     assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.9, 0.999), 1e-8)}
-    warmup, last = max(50, said["max_steps"] // 20), said["max_steps"]
-    lr = said["lr"]
+    warmup, last = max(50, table["max_steps"] // 20), table["max_steps"]
+    lr = table["lr"]
     seen = learning_rates(run, [0, warmup - 1, warmup, (warmup + last) // 2, last])
     assert seen == pytest.approx([lr / warmup, lr, lr, 0.55 * lr, 0.1 * lr], rel=1e-6)
-    built["lr"], built["grad_clip"] = {run.model.lr}, {trainer.gradient_clip_val}
+    built["lr"], built["grad_clip"] = {run.model.config.lr}, {trainer.gradient_clip_val}
     (early,) = (c for c in trainer.callbacks if isinstance(c, ValLossEarlyStopping))
     assert (early.monitor, early.mode) == ("val/loss", "min")
     built["patience"], built["min_delta"] = {early.patience}, {abs(early.min_delta)}
@@ -448,8 +446,8 @@ def test_the_parameter_table_reaches_what_is_built(name: str) -> None:
     assert {BestCheckpoint, LastCheckpoint, GracefulStop} <= kinds
     assert SampleCallback not in kinds
 
-    built["train_frac"] = {data.train_frac}
-    assert {setting: {value} for setting, value in said.items()} == {k: v for k, v in built.items() if k in said}
+    built["train_frac"] = {data.config.train_frac}
+    assert {setting: {value} for setting, value in table.items()} == {k: v for k, v in built.items() if k in table}
 
 
 if __name__ == "__main__":
