@@ -161,6 +161,17 @@ def test_last_ckpt_in_another_directory_starts_a_branch(tmp_path: Path) -> None:
     assert resolve_run_dir(str(tmp_path / "new"), last, "ModernLM") == RunDir(tmp_path / "new", resuming=False)
 
 
+def test_processes_that_lightning_starts_use_the_directory_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIGPT_RUN_DIR", "")  # restored afterwards
+    first = resolve_run_dir("", None, "ModernLM")
+    assert first.path.name.endswith("-ModernLM")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert resolve_run_dir("", None, "OtherTime") == first
+    monkeypatch.delenv("MINIGPT_RUN_DIR")
+    with pytest.raises(UserError, match="each with its own clock; use --run_dir DIR"):
+        resolve_run_dir("", None, "ModernLM")
+
+
 def test_last_and_best_need_a_directory(minigpt: Call, tmp_path: Path) -> None:
     assert "--ckpt_path last: it needs --run_dir" in refused(minigpt, "--ckpt_path", "last")
     assert f"there is no {tmp_path / 'last.ckpt'}" in refused(minigpt, "--run_dir", tmp_path, "--ckpt_path", "last")
