@@ -170,6 +170,7 @@ def _fused_as_on_mps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def language_model(kind: str, dropout: float) -> LanguageModel:
     choices: dict[str, Any] = {
+        "vocab_size": VOCAB,
         "lr": 1e-3,
         "dropout": dropout,
         "weight_decay": 0.1,
@@ -177,9 +178,9 @@ def language_model(kind: str, dropout: float) -> LanguageModel:
         "n_embd": 32,
         "block_size": 16,
     }
-    if kind == "recipes":
-        choices |= {"optimizer": "muon"}
-    model = ClassicLM(VOCAB, **choices) if kind == "classic" else ModernLM(VOCAB, **choices, **EXPERTS[kind])
+    if kind != "recipes":
+        choices |= {"optimizer": "adamw"}
+    model = ClassicLM(**choices) if kind == "classic" else ModernLM(**choices, **EXPERTS[kind])
     redraw(model.net)
     return model
 
@@ -245,7 +246,7 @@ def test_a_generation_step(kind: str, streams: int, use_cache: bool) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_a_check(kind: str) -> None:
+def test_an_evaluation_step(kind: str) -> None:
     with tracing() as trace:
         model, ids = language_model(kind, 0.2).eval(), some_ids(4, 17)
         move(model)
@@ -255,7 +256,7 @@ def test_a_check(kind: str) -> None:
     read_all(trace)
 
 
-def test_what_torch_takes_on_mps_alone() -> None:
+def test_kernels_that_torch_uses_on_mps_only() -> None:
     """Choices that it makes in C++ by the device's name: attention and the norm without gradients, dropout."""
     for op in (
         "_scaled_dot_product_attention_math_for_mps",

@@ -1,4 +1,4 @@
-"""Signals and sudden death, dealt to real processes: nothing is lost, nothing half-made, and the rest the same."""
+"""Signals to real processes: nothing is lost or unfinished, and a resumed run ends like one that was never stopped."""
 
 import shutil
 import signal
@@ -20,7 +20,7 @@ Call = Callable[..., Outcome]
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[Any, ...], Path]:
-    """Options of a fit, and the directory of that run when nobody stops it."""
+    """Options of a fit, and the directory of that run without a stop."""
     from minigpt_pl.__main__ import main
 
     home = tmp_path_factory.mktemp("expected")
@@ -32,8 +32,8 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[Any, ...],
     return options, home / "run"
 
 
-def go_on(minigpt: Call, options: tuple[Any, ...], run_dir: Path) -> None:
-    """Goes on with what a stopped process has left, as a user would."""
+def resume(minigpt: Call, options: tuple[Any, ...], run_dir: Path) -> None:
+    """Resumes what a stopped process has left, as a user would."""
     if (run_dir / "last.ckpt").exists():
         outcome = minigpt("fit", "--run_dir", run_dir, "--ckpt_path", "last")
     else:
@@ -42,7 +42,7 @@ def go_on(minigpt: Call, options: tuple[Any, ...], run_dir: Path) -> None:
 
 
 def same(straight: Path, run_dir: Path) -> list[str]:
-    """In what a run differs from the one that nobody stopped, but for its number of workers."""
+    """Differences between a run and the one without a stop, except the number of workers."""
     found = [line for line in differences(straight, run_dir) if "num_workers" not in line]
     return [line for line in found if not line.startswith("config.yaml")]
 
@@ -55,7 +55,7 @@ CASES = {  # directory: (place, step, signals, options)
 }
 
 
-def test_real_processes_are_stopped_and_continued(minigpt: Call, expected: Any, tmp_path: Path) -> None:
+def test_real_processes_are_stopped_and_resumed(minigpt: Call, expected: Any, tmp_path: Path) -> None:
     """At start-up, by Ctrl-C to the group with workers in a step, by SIGKILL in a write, and by a second Ctrl-C."""
     options, straight = expected
 
@@ -79,14 +79,14 @@ def test_real_processes_are_stopped_and_continued(minigpt: Call, expected: Any, 
     assert (tmp_path / "write" / "last.ckpt.writing").exists()
     assert struck["step"].err.count("stopping after this step") == 1
     assert f"continue with minigpt fit --run_dir {tmp_path / 'step'} --ckpt_path last" in struck["step"].err
-    for name in CASES:
-        go_on(minigpt, options, tmp_path / name)
+    for name in ("step", "write", "twice"):
+        resume(minigpt, options, tmp_path / name)
         assert same(straight, tmp_path / name) == []
         assert not list((tmp_path / name).glob("*.writing"))
 
 
 @pytest.mark.slow
-def test_no_signal_anywhere_costs_a_run(
+def test_no_signal_at_any_moment_damages_a_run(
     minigpt: Call, expected: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Sixty kills and more, until each place was struck eight times; says where each landed."""
@@ -105,7 +105,7 @@ def test_no_signal_anywhere_costs_a_run(
         with capfd.disabled():
             print(f"{number:3} {landed}", flush=True)
         assert faults(landed, run_dir) == []
-        go_on(minigpt, options, run_dir)
+        resume(minigpt, options, run_dir)
         assert same(straight, run_dir) == []
         shutil.rmtree(run_dir)
         number += 1
@@ -136,5 +136,5 @@ def test_the_harness_finds_a_resume_that_skips_a_batch(
     monkeypatch.setattr(
         ResumableSampler, "__iter__", lambda self: iter(range(self.start + (self.start > 0), self.stop + 1))
     )
-    go_on(minigpt, options, tmp_path / "run")
+    resume(minigpt, options, tmp_path / "run")
     assert any(line.startswith("last/state_dict") for line in same(straight, tmp_path / "run"))

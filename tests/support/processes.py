@@ -1,6 +1,6 @@
-"""Real processes, started by the README's command and stopped at a chosen moment, and what they leave.
+"""Real processes, started by the README's command and stopped at a chosen moment, and the files that they leave.
 
-Where a process is when it is stopped is told by `witness/sitecustomize.py`, which Python loads into it.
+`witness/sitecustomize.py`, which Python loads into each process, writes where in a run the process is.
 """
 
 import os
@@ -17,13 +17,13 @@ from minigpt_pl.checkpoint.io import read_checkpoint
 from minigpt_pl.checkpoint.run_dir import RUN_FILES
 
 PROJECT = Path(__file__).parents[2]
-PLACES = ("start", "step", "check", "write", "end")
-"""Start-up; an optimizer step; a check; a checkpoint's temporary file is there; the last second."""
+PLACES = ("start", "step", "evaluation", "write", "end")
+"""Start-up; an optimizer step; an evaluation; while a checkpoint is written; after training."""
 
 
 @dataclass
 class Landed:
-    """Where a signal struck, and how the process ended."""
+    """Where a signal reached a process, and how the process ended."""
 
     signal: str
     place: str
@@ -32,20 +32,20 @@ class Landed:
     err: str
 
     def __str__(self) -> str:
-        return f"{self.signal:14} struck in {self.place:6} of step {self.step:3}: exit status {self.status}"
+        return f"{self.signal:14} in {self.place:10} of step {self.step:3}: exit status {self.status}"
 
 
 class Process:
     """`python main.py fit ...` in a process group of its own, on one thread."""
 
-    def __init__(self, words: tuple[Any, ...], run_dir: Path, **env: str):
+    def __init__(self, args: tuple[Any, ...], run_dir: Path, **env: str):
         self.run_dir, self.witness = run_dir, run_dir.with_name(f"{run_dir.name}.place")
         self.log = run_dir.with_name(f"{run_dir.name}.log")
         environment = os.environ | {
             "WITNESS": str(self.witness), "OMP_NUM_THREADS": "1", "WANDB_ERROR_REPORTING": "false",
             "PYTHONPATH": str(Path(__file__).parent / "witness"), **env,
         }  # fmt: skip
-        command = [sys.executable, "main.py", *map(str, words), "--run_dir", str(run_dir)]
+        command = [sys.executable, "main.py", *map(str, args), "--run_dir", str(run_dir)]
         with self.log.open("w") as log:
             self.popen = subprocess.Popen(
                 command, cwd=PROJECT, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -58,11 +58,11 @@ class Process:
         return self._marked()
 
     def _marked(self) -> tuple[str, int]:
-        words = self.witness.read_text().split() if self.witness.exists() else []
-        return (words[0], int(words[1])) if len(words) == 2 else ("start", 0)
+        fields = self.witness.read_text().split() if self.witness.exists() else []
+        return (fields[0], int(fields[1])) if len(fields) == 2 else ("start", 0)
 
     def wait_for(self, place: str, step: int = 0) -> None:
-        """Returns when the process has come to a place, at this step or later, or has ended."""
+        """Returns when the process is in a place, at this step or later, or has ended."""
         until = time.monotonic() + 120
         while self.popen.poll() is None and time.monotonic() < until:
             here, at = self.place()
@@ -88,7 +88,7 @@ class Process:
 
 
 def faults(landed: Landed, run_dir: Path) -> list[str]:
-    """What is wrong with the way a process ended and with the files that it left."""
+    """Errors in the way a process ended and in the files that it left."""
     expected = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "group SIGINT": 130, "SIGHUP": 143}[landed.signal]
     out = []
     if landed.status != expected and (landed.status, landed.place) != (0, "end"):
@@ -103,7 +103,7 @@ def faults(landed: Landed, run_dir: Path) -> list[str]:
     if landed.signal != "SIGKILL":
         out += [f"left behind: {path.name}" for path in run_dir.glob("*.writing")]
         if not (run_dir / "last.ckpt").exists():
-            out += [f"half-made: {name}" for name in RUN_FILES if (run_dir / name).exists()]
+            out += [f"unfinished: {name}" for name in RUN_FILES if (run_dir / name).exists()]
     return out
 
 

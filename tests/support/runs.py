@@ -1,6 +1,6 @@
-"""What the tests of stopping and continuing share: small runs, runs stopped at a chosen place, and their comparison.
+"""What the tests of stopping and resuming share: small runs, stops at a chosen moment, and the comparison of runs.
 
-How real processes are started and killed is in `kills`.
+How real processes are started and killed is in `processes`.
 """
 
 import csv
@@ -23,23 +23,21 @@ SMALL = (
     "--data.batch_size", 4, "--data.eval_every", 5, "--trainer.max_steps", 16, "--trainer.log_every_n_steps", 3,
     "--model.dropout", 0.1, "--checkpoint.every_n_train_steps", 4, "--trainer.enable_progress_bar", "false",
 )  # fmt: skip
-"""Options of a run of half a second: dropout, a check every 5 of 16 steps, figures every 3, a save every 4."""
+"""Options of a run of half a second: an evaluation every 5 of 16 steps, metrics every 3, a checkpoint every 4."""
 
-TIMES = {"wall_seconds", "tokens_per_s", "perf/tokens_per_s", "seconds", "timed_seconds", "timed_tokens"}
-"""What differs between two equal runs."""
+TIMES = {"wall_seconds", "tokens_per_s", "perf/tokens_per_s", "seconds", "timed_seconds", "timed_tokens", "git_commit"}
+"""Values that differ between two equal runs."""
 
 
 def flat(node: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of nested dicts and lists by their place; times left out."""
+    """The leaves of nested dicts and lists by their path, without times."""
     if isinstance(node, dict):
-        parts = node.items()
+        items = node.items()
     elif isinstance(node, (list, tuple)):
-        parts = enumerate(node)
+        items = enumerate(node)
     else:
         return {name: node}
-    return {
-        place: leaf for key, part in parts if key not in TIMES for place, leaf in flat(part, f"{name}/{key}").items()
-    }
+    return {path: leaf for key, item in items if key not in TIMES for path, leaf in flat(item, f"{name}/{key}").items()}
 
 
 def summary(run_dir: Path) -> dict[str, Any]:
@@ -47,25 +45,25 @@ def summary(run_dir: Path) -> dict[str, Any]:
 
 
 def contents(run_dir: Path) -> dict[str, Any]:
-    """All that a run has left, by name: both checkpoints, the figures, the summary, the settings, the samples."""
-    found = {"config.yaml": (run_dir / "config.yaml").read_text("utf-8")}
+    """Everything in a run directory, by name: both checkpoints, metrics, summary, configuration, samples."""
+    result = {"config.yaml": (run_dir / "config.yaml").read_text("utf-8")}
     for name in ("last", "best"):
         checkpoint = torch.load(run_dir / f"{name}.ckpt", weights_only=True)
         for left_out in ("loops", "wandb_id", "digest"):
             del checkpoint[left_out]
-        found |= flat(checkpoint, name)
+        result |= flat(checkpoint, name)
     with (run_dir / "metrics.csv").open(newline="", encoding="utf-8") as file:
         for number, row in enumerate(csv.DictReader(file)):
-            found |= flat({key: value for key, value in row.items() if value}, f"metrics.csv/{number}")
-    found |= flat(summary(run_dir), "summary.json")
+            result |= flat({key: value for key, value in row.items() if value}, f"metrics.csv/{number}")
+    result |= flat(summary(run_dir), "summary.json")
     if (samples := run_dir / "samples.txt").exists():
-        found["samples.txt"] = samples.read_text("utf-8")
-    return found
+        result["samples.txt"] = samples.read_text("utf-8")
+    return result
 
 
-def differences(expected: Path, found: Path) -> list[str]:
-    """The names under which two runs differ in any bit, times aside; with both values where they are short."""
-    left, right = contents(expected), contents(found)
+def differences(expected: Path, run_dir: Path) -> list[str]:
+    """The names whose values differ between two runs in any bit, except times; with both values if they are short."""
+    left, right = contents(expected), contents(run_dir)
     out = []
     for name in sorted(left.keys() | right.keys()):
         a, b = left.get(name), right.get(name)
@@ -79,7 +77,7 @@ def differences(expected: Path, found: Path) -> list[str]:
 
 @contextmanager
 def at_micro_batch(number: int, do: Callable[[], Any]) -> Iterator[None]:
-    """Calls `do` in the midst of a micro-batch, counted from 1 over the whole run."""
+    """Calls `do` in the middle of a micro-batch, counted from 1 over the whole run."""
     original = LanguageModel.training_step
 
     def step(self: LanguageModel, batch: Any, batch_idx: int) -> Any:
@@ -92,16 +90,16 @@ def at_micro_batch(number: int, do: Callable[[], Any]) -> Iterator[None]:
 
 
 @contextmanager
-def at_check(step: int, do: Callable[[], Any]) -> Iterator[None]:
-    """Calls `do` in the midst of the check after a step."""
+def at_evaluation(step: int, do: Callable[[], Any]) -> Iterator[None]:
+    """Calls `do` in the middle of the evaluation after a step."""
     original = LanguageModel.validation_step
 
-    def check(self: LanguageModel, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def evaluate(self: LanguageModel, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.trainer.global_step == step and batch_idx == 1:
             do()
         original(self, batch, batch_idx, dataloader_idx)
 
-    with patch.object(LanguageModel, "validation_step", check):
+    with patch.object(LanguageModel, "validation_step", evaluate):
         yield
 
 
@@ -123,5 +121,5 @@ def interrupt() -> None:
 
 
 def snapshot(run_dir: Path, to: Path) -> Callable[[], None]:
-    """Something to do in the midst of a run: copy its directory, as SIGKILL would leave it."""
+    """A function that copies the directory of a run, as SIGKILL would leave it."""
     return lambda: shutil.copytree(run_dir, to, ignore=shutil.ignore_patterns(".lock"))

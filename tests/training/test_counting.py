@@ -1,6 +1,6 @@
-"""What a check counts: every target once, for any sizes, and the figures that follow from exactly those.
+"""What an evaluation counts: every target once, for any sizes, and the metrics of exactly these targets.
 
-How text becomes tokens is in test_data; what else validation does (which step, which file) in test_fit.
+How a text becomes tokens is tested in tests/data; when an evaluation happens in test_fit.
 """
 
 import csv
@@ -35,25 +35,32 @@ def module(folder: Path, text: str, **changes: Any) -> TextDataModule:
     path = folder / "text.txt"
     path.write_text(text, "utf-8", newline="")
     plain = {"block_size": 8, "batch_size": 4, "eval_every": 10, "seed": 1, "bpe_vocab_size": len(set(text)) + 20}
-    return TextDataModule(str(path), **{**plain, **changes})
+    return TextDataModule(path=str(path), **{**plain, **changes})
 
 
 def scored(batches: list[EvalBatch]) -> tuple[list[int], list[int], list[int]]:
     """Inputs and targets where a batch does not pad, in order, and summed counts."""
-    inputs, targets, counts = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    inputs, targets, counts = (torch.cat(fields) for fields in zip(*batches, strict=True))
     real = targets != IGNORE_INDEX
     return inputs[real].tolist(), targets[real].tolist(), counts.sum(0).tolist()
 
 
-def whole_part(data: TextDataModule, part: str = "val") -> list[EvalBatch]:
-    batches = data.eval_dataset(part)
+def whole_split(data: TextDataModule, split: str = "val") -> list[EvalBatch]:
+    batches = data.eval_dataset(split)
     return [batches[i] for i in range(len(batches))]
 
 
 def validate(data: TextDataModule, uniform: bool = False) -> dict[str, float]:
-    """The figures of a model with random weights, or of one to which all tokens are equally likely."""
+    """Metrics of a model with random weights, or of one that predicts all tokens with equal probability."""
     torch.manual_seed(0)
-    model = ClassicLM(data.vocab_size, 1e-3, 0.0, 0.0, n_layer=1, n_head=1, n_embd=8, block_size=data.block_size)
+    sizes = {
+        "vocab_size": data.vocab_size,
+        "block_size": data.config.block_size,
+        "n_layer": 1,
+        "n_head": 1,
+        "n_embd": 8,
+    }
+    model = ClassicLM(lr=1e-3, dropout=0.0, weight_decay=0.0, **sizes)
     with torch.no_grad():
         model.net.head.weight.mul_(0 if uniform else 50)
     quiet = {
@@ -70,12 +77,14 @@ def validate(data: TextDataModule, uniform: bool = False) -> dict[str, float]:
 
 
 @given(st.integers(1, 70), st.integers(1, 20), st.integers(1, 9))
-def test_a_full_check_scores_every_target_once_for_any_sizes(folder: Path, size: int, block: int, batch: int) -> None:
+def test_a_full_evaluation_scores_every_target_once_for_any_sizes(
+    folder: Path, size: int, block: int, batch: int
+) -> None:
     text = "abcdefghij" * 30 + "".join(chr(0x4E00 + i) for i in range(size + 1))
     data = module(folder, text, block_size=block, batch_size=batch, train_frac=(300 + 0.5) / len(text))
     ids = data.tokens("val").tolist()
     assert len(set(ids)) == len(ids) == size + 1
-    batches = whole_part(data)
+    batches = whole_split(data)
     inputs, targets, counts = scored(batches)
     assert (inputs, targets) == (ids[:-1], ids[1:])
     assert counts[0] == size
@@ -88,7 +97,7 @@ def test_a_full_check_scores_every_target_once_for_any_sizes(folder: Path, size:
 
 @settings(max_examples=25)
 @given(st.text(min_size=2, max_size=60), st.integers(1, 12), st.integers(1, 5))
-def test_the_figures_of_a_uniform_model_are_known_numbers(folder: Path, val: str, block: int, batch: int) -> None:
+def test_the_metrics_of_a_uniform_model_are_known_numbers(folder: Path, val: str, block: int, batch: int) -> None:
     val = val.replace("\r\n", "\n")
     train = "".join(chr(0x3B1 + i) for i in range(20)) + val  # twenty tokens at least, however well the rest merges
     for kind in KINDS:
@@ -112,14 +121,14 @@ TEXT = "".join(f"line {i}: the sea comes in,\n the 海 goes öut 🌊.\n" for i 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_neither_padding_nor_the_size_of_batches_is_in_the_figures(folder: Path, kind: str) -> None:
+def test_metrics_do_not_depend_on_padding_or_batch_size(folder: Path, kind: str) -> None:
     found = [validate(module(folder, TEXT, tokenizer=kind, batch_size=size)) for size in (1, 5, 64)]
     assert found[0]["val/loss"] > 1.5 * math.log(60), "the model is far from uniform"
     assert found[1] == pytest.approx(found[0], rel=1e-6)
     assert found[2] == pytest.approx(found[0], rel=1e-6)
 
 
-def test_a_thinned_check_reads_windows_evenly_spaced_and_says_so(folder: Path) -> None:
+def test_a_subsampled_evaluation_reads_evenly_spaced_windows_and_reports_it(folder: Path) -> None:
     text = "abcdefghij" * 30 + "".join(chr(0x4E00 + i) for i in range(1001))
     fraction = 300.5 / len(text)
     every = module(folder, text, train_frac=fraction)
@@ -127,18 +136,18 @@ def test_a_thinned_check_reads_windows_evenly_spaced_and_says_so(folder: Path) -
     data = module(folder, text, train_frac=fraction, max_eval_tokens=30 * 8)
     assert (
         data.subsampling_note("val")
-        == "data.max_eval_tokens 240: a check of val reads 30 of 125 windows, evenly spaced"
+        == "data.max_eval_tokens 240: an evaluation of val reads 30 of 125 windows, evenly spaced"
     )
     starts = data.eval_dataset("val").starts
     assert set(starts) <= set(every.eval_dataset("val").starts)
     assert len(starts) == 30
     assert set(np.diff(starts)) == {4 * 8, 5 * 8}
     assert starts[0] == 0
-    assert scored(whole_part(data))[2][0] == 240
+    assert scored(whole_split(data))[2][0] == 240
     assert module(folder, text, train_frac=fraction, max_eval_tokens=1).eval_dataset("val").starts.tolist() == [0]
 
 
-# The seed document's estimator.
+# The reference report's estimator.
 
 
 def at(
@@ -154,7 +163,7 @@ def sampled(folder: Path, **changes: Any) -> TextDataModule:
     return module(folder, TEXT, **{"eval_mode": "sampled", "eval_iters": 5, **changes})
 
 
-def test_a_sampled_check_draws_its_windows_from_seed_and_step(folder: Path) -> None:
+def test_a_sampled_evaluation_draws_its_windows_from_seed_and_step(folder: Path) -> None:
     def windows(step: int, **changes: Any) -> list[list[int]]:
         batches = list(at(step, sampled(folder, **changes)).eval_dataloader("val"))
         assert len(batches) == 5
@@ -169,22 +178,22 @@ def test_a_sampled_check_draws_its_windows_from_seed_and_step(folder: Path) -> N
     data = sampled(folder)
     data.load_state_dict(sampled(folder).state_dict() | {"step": 10})
     inputs = [batch.inputs for batch in at(0, data).eval_dataloader("val")]
-    assert torch.cat(inputs).tolist() == once, "validate repeats the check of the checkpoint's step"
+    assert torch.cat(inputs).tolist() == once, "validate repeats the evaluation of the checkpoint's step"
 
 
-def test_a_sampled_check_reaches_every_window(folder: Path) -> None:
+def test_a_sampled_evaluation_reaches_every_window(folder: Path) -> None:
     data = sampled(folder, eval_iters=200, batch_size=32)
     reached = {tuple(row) for batch in at(10, data).eval_dataloader("val") for row in batch.inputs.tolist()}
     ids = data.tokens("val").tolist()
     assert reached == {tuple(ids[i : i + 8]) for i in range(len(ids) - 8)}
 
 
-def test_a_sampled_check_reads_both_parts_while_training_and_the_named_one_alone_later(folder: Path) -> None:
+def test_a_sampled_evaluation_reads_both_splits_in_fit_and_one_afterwards(folder: Path) -> None:
     loaders = at(10, sampled(folder)).val_dataloader()
     assert isinstance(loaders, list)
     data = sampled(folder)
-    for part, loader in zip(("val", "train"), loaders, strict=True):
-        text = data.tokenizer.decode(data.tokens(part).tolist())
+    for split, loader in zip(("val", "train"), loaders, strict=True):
+        text = data.tokenizer.decode(data.tokens(split).tolist())
         for batch in loader:
             assert all(data.tokenizer.decode(row) in text for row in batch.inputs.tolist())
     assert not isinstance(at(10, sampled(folder), fn=TrainerFn.VALIDATING).val_dataloader(), list)
@@ -196,7 +205,7 @@ def test_a_sampled_check_reads_both_parts_while_training_and_the_named_one_alone
 
 @pytest.mark.parametrize("mode", ["full", "sampled"])
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_a_check_without_loss_or_doubling(folder: Path, mode: str, world: int) -> None:
+def test_processes_share_an_evaluation_without_loss_or_duplicates(folder: Path, mode: str, world: int) -> None:
     def rows(rank: int, world: int) -> list[tuple[list[int], list[int]]]:
         data = at(10, module(folder, TEXT, eval_mode=mode, eval_iters=5), rank, world)
         batches = list(data.eval_dataloader("val"))
@@ -214,15 +223,15 @@ def test_processes_share_a_check_without_loss_or_doubling(folder: Path, mode: st
 # Through the command line.
 
 
-def test_a_sampled_run_logs_both_parts_and_validate_repeats_its_last_check(
+def test_a_sampled_run_logs_both_splits_and_validate_repeats_its_last_evaluation(
     minigpt: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     options = ("--data.eval_mode", "sampled", "--data.eval_iters", 3, "--trainer.max_steps", 10)
     assert minigpt("fit", *TINY, *options, "--run_dir", tmp_path / "r").status == 0
     with (tmp_path / "r" / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        (check,) = [row for row in csv.DictReader(file) if row["split"] == "val"]
-    assert 3 < float(check["train/eval_loss"]) < 5
+        (evaluation,) = [row for row in csv.DictReader(file) if row["split"] == "val"]
+    assert 3 < float(evaluation["train/eval_loss"]) < 5
     again = minigpt("validate", "--ckpt_path", tmp_path / "r" / "last.ckpt")
-    figures = dict(line.split() for line in again.out.splitlines())
-    assert float(figures["val/loss"]) == pytest.approx(float(check["val/loss"]), abs=1e-6)
-    assert "train/eval_loss" not in figures
+    metrics = dict(line.split() for line in again.out.splitlines())
+    assert float(metrics["val/loss"]) == pytest.approx(float(evaluation["val/loss"]), abs=1e-6)
+    assert "train/eval_loss" not in metrics

@@ -1,4 +1,4 @@
-"""A run that diverges says so, and leaves the last finite state."""
+"""A run that diverges reports it, and keeps the last finite state."""
 
 import math
 from collections.abc import Callable
@@ -20,8 +20,8 @@ def fit(minigpt: Call, tmp_path: Path, text_file: Path) -> Call:
     return lambda *options: minigpt("fit", *SMALL, "--data.path", text_file, "--run_dir", tmp_path / "run", *options)
 
 
-def check(outcome: Outcome, run: Path, *, last: int, best: int | None) -> None:
-    """Exit status 3 in one line; both checkpoints are finite, and of these steps."""
+def check_divergence(outcome: Outcome, run: Path, *, last: int, best: int | None) -> None:
+    """Exit status 3 and one line; both checkpoints are finite, and of these steps."""
     assert outcome.status == 3
     assert outcome.err.startswith("error: the run diverged at step ")
     assert outcome.err.count("\n") == 1
@@ -40,19 +40,19 @@ def check(outcome: Outcome, run: Path, *, last: int, best: int | None) -> None:
         assert not {"nan", "inf"} & set(line.split(","))
 
 
-def test_a_learning_rate_far_too_high(fit: Call, tmp_path: Path) -> None:
+def test_a_learning_rate_that_is_much_too_high(fit: Call, tmp_path: Path) -> None:
     outcome = fit("--model.lr", 1e30, "--trainer.gradient_clip_val", "null", "--checkpoint.every_n_train_steps", 1)
     assert outcome.status == 3
     last = read_checkpoint(tmp_path / "run" / "last.ckpt")["global_step"]
     assert last < 5
-    check(outcome, tmp_path / "run", last=last, best=None)
+    check_divergence(outcome, tmp_path / "run", last=last, best=None)
 
 
 @pytest.mark.parametrize("last", [1, 4])
-def test_a_weight_that_is_no_number_between_two_logs_never_reaches_a_checkpoint(
+def test_a_nan_weight_between_two_logs_never_reaches_a_checkpoint(
     fit: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
 ) -> None:
-    """Planted in step 7: after the check at 5, before the next row of figures at 9 or, at `last` 1, the next save."""
+    """It happens in step 7: after the evaluation at 5, and before the metrics at 9 or, with `last` 1, the next save."""
     original = LanguageModel.training_step
 
     def poisoned(self: LanguageModel, batch: object, batch_idx: int) -> torch.Tensor:
@@ -61,25 +61,25 @@ def test_a_weight_that_is_no_number_between_two_logs_never_reaches_a_checkpoint(
 
     monkeypatch.setattr(LanguageModel, "training_step", poisoned)
     outcome = fit("--checkpoint.every_n_train_steps", last, "--trainer.log_every_n_steps", 9)
-    check(outcome, tmp_path / "run", last=6 if last == 1 else 5, best=5)
+    check_divergence(outcome, tmp_path / "run", last=6 if last == 1 else 5, best=5)
 
 
-def test_a_loss_that_is_no_number_in_a_check(fit: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nan_loss_in_an_evaluation(fit: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = LanguageModel.sequence_nll
 
     def poisoned(self: LanguageModel, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return original(self, inputs, targets) * (math.nan if self.trainer.global_step == 10 else 1)
 
     monkeypatch.setattr(LanguageModel, "sequence_nll", poisoned)
-    check(fit(), tmp_path / "run", last=8, best=5)
+    check_divergence(fit(), tmp_path / "run", last=8, best=5)
 
 
-def test_a_diverged_run_goes_on_with_a_lower_learning_rate(
+def test_a_diverged_run_resumes_with_a_lower_learning_rate(
     fit: Call, minigpt: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert fit("--model.lr", 1e30).status == 3
     outcome = minigpt("fit", "--run_dir", tmp_path / "run", "--ckpt_path", "last", "--model.lr", 0.001)
     assert outcome.status == 0
-    found = summary(tmp_path / "run")
-    assert (found["stop_reason"], found["total_steps"]) == ("completed", 16)
-    assert math.isfinite(found["best_val"])
+    result = summary(tmp_path / "run")
+    assert (result["stop_reason"], result["total_steps"]) == ("completed", 16)
+    assert math.isfinite(result["best_val"])

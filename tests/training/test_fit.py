@@ -1,10 +1,11 @@
-"""What fit leaves behind: the same weights whatever runs beside training, figures that can be recomputed, its stops.
+"""What fit leaves: weights that depend on nothing beside training, metrics that can be recomputed, and its stops.
 
-Going on with a run, branches and kills are not here.
+Resuming a run is tested in test_stopping and in tests/integration, branches in tests/checkpoint.
 """
 
 import csv
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -12,8 +13,10 @@ import re
 import subprocess
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from importlib.metadata import PackageNotFoundError
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,9 +29,12 @@ from minigpt_pl import load_checkpoint
 from minigpt_pl.__main__ import main
 from minigpt_pl.checkpoint.io import read_checkpoint
 from minigpt_pl.experiments.results import datamodule_of
-from minigpt_pl.training import summary as summary_room
-from minigpt_pl.training.fit import STEP_HOOKS
+from minigpt_pl.training import progress
+from minigpt_pl.training import summary as summary_module
 from minigpt_pl.training.lit_modules import from_checkpoint
+from minigpt_pl.training.metrics import TrainMetrics
+from minigpt_pl.training.patches import STEP_HOOKS
+from minigpt_pl.training.stopping import GracefulStop
 
 MiniGPT = Callable[..., Outcome]
 SIZES = (
@@ -38,7 +44,7 @@ SIZES = (
 )  # fmt: skip
 OFF = ("--wandb", "null", "--samples", "null")
 ALL_FILES = {"config.yaml", "best.ckpt", "last.ckpt", "metrics.csv", "summary.json", "samples.txt", "wandb"}
-TRAIN, TEST = 0.4, 0.2  # so that a check reads as many windows as the train part has, or more
+TRAIN, TEST = 0.4, 0.2  # so that an evaluation reads at least as many windows as the train split has
 
 
 def summary_of(run: Path) -> dict[str, Any]:
@@ -50,12 +56,12 @@ def rows_of(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def checks_of(run: Path) -> list[int]:
+def eval_steps(run: Path) -> list[int]:
     return [int(row["step"]) for row in rows_of(run) if row["split"] == "val"]
 
 
 def mean_nats(checkpoint: Path, text: str) -> float:
-    """Loss of a text as a full check counts it, window by window and without padding."""
+    """Loss of a text as a full evaluation counts it, window by window and without padding."""
     loaded = load_checkpoint(checkpoint)
     ids, size, nats = torch.tensor(loaded.tokenizer.encode(text).tolist()), loaded.model.block_size, 0.0
     with torch.no_grad():
@@ -66,12 +72,12 @@ def mean_nats(checkpoint: Path, text: str) -> float:
     return nats / (len(ids) - 1)
 
 
-def figures(out: str) -> dict[str, float]:
-    """What validate and test print."""
+def printed_metrics(out: str) -> dict[str, float]:
+    """Metrics that validate and test print."""
     return {name: float(value) for name, value in re.findall(r"^(\w+/\w+)\s+([\d.]+)$", out, re.MULTILINE)}
 
 
-# Nothing beside training disturbs it.
+# Nothing beside training changes it.
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +103,7 @@ def digest_of_plain_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
     ids=lambda words: " ".join(map(str, words)),
 )
-def test_the_same_command_gives_the_same_weights_whatever_runs_beside(
+def test_weights_do_not_depend_on_evaluations_logs_saves_or_workers(
     minigpt: MiniGPT, tmp_path: Path, digest_of_plain_run: str, beside: tuple[object, ...]
 ) -> None:
     done = minigpt("fit", *SIZES, *beside, "--run_dir", tmp_path / "run")
@@ -106,7 +112,7 @@ def test_the_same_command_gives_the_same_weights_whatever_runs_beside(
 
 
 @pytest.mark.parametrize("other", [("--seed_everything", 1), ("--model.dropout", 0), ("--data.batch_size", 5)], ids=str)
-def test_another_seed_dropout_or_batch_gives_other_weights(
+def test_a_different_seed_dropout_or_batch_size_gives_different_weights(
     minigpt: MiniGPT, tmp_path: Path, digest_of_plain_run: str, other: tuple[object, ...]
 ) -> None:
     assert minigpt("fit", *SIZES, *OFF, *other, "--run_dir", tmp_path / "run").status == 0
@@ -119,7 +125,7 @@ def test_config_yaml_repeats_a_run(minigpt: MiniGPT, tmp_path: Path, digest_of_p
     assert read_checkpoint(tmp_path / "two" / "last.ckpt")["digest"] == digest_of_plain_run
 
 
-# What a run leaves.
+# What a run writes.
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +135,7 @@ def text() -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, text: str) -> tuple[Path, Outcome]:
-    """A run with everything on, the text's file, and no account and no answers at hand."""
+    """A run with all options on; there is no W&B account, and nobody to answer a question."""
     home = tmp_path_factory.mktemp("finished")
     (home / "text.txt").write_text(text, "utf-8")
     with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +150,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, text: str) -> tuple[Path,
         ]  # fmt: skip
         with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
             status = main([str(word) for word in words])
-        assert "WANDB_MODE" not in os.environ, "the next run in this process would be offline, asked or not"
+        assert "WANDB_MODE" not in os.environ, "the next run in this process would be offline without the option"
     return home / "run", Outcome(status, out.getvalue(), err.getvalue())
 
 
@@ -152,16 +158,16 @@ def test_a_run_directory_holds_what_it_should(finished: tuple[Path, Outcome]) ->
     run, done = finished
     assert done.status == 0, done.err
     assert {path.name for path in run.iterdir()} == ALL_FILES
-    settings = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
-    assert not {"run_dir", "ckpt_path"} & settings.keys()
-    assert settings["trainer"]["max_steps"] == 12
+    config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+    assert not {"run_dir", "ckpt_path"} & config.keys()
+    assert config["trainer"]["max_steps"] == 12
     for name in ("best.ckpt", "last.ckpt"):
-        assert read_checkpoint(run / name)["settings"] == settings
+        assert read_checkpoint(run / name)["config"] == config
     samples = (run / "samples.txt").read_text("utf-8")
     assert re.findall(r"^=== step (\d+)$", samples, re.MULTILINE) == ["4", "8", "12"]
 
 
-def test_wandb_keeps_figures_and_settings_on_this_machine(finished: tuple[Path, Outcome]) -> None:
+def test_wandb_stores_metrics_and_config_on_this_machine(finished: tuple[Path, Outcome]) -> None:
     run, _ = finished
     (written,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
     stored = written.read_bytes()
@@ -170,13 +176,13 @@ def test_wandb_keeps_figures_and_settings_on_this_machine(finished: tuple[Path, 
         assert word in stored
 
 
-def test_metrics_csv_has_a_row_for_each_log_and_each_check(finished: tuple[Path, Outcome]) -> None:
+def test_metrics_csv_has_a_row_for_each_log_and_each_evaluation(finished: tuple[Path, Outcome]) -> None:
     run, _ = finished
     rows, summary = rows_of(run), summary_of(run)
-    places = [(int(row["step"]), row["split"]) for row in rows]
-    assert places == [(4, "val"), (5, "train"), (8, "val"), (10, "train"), (12, "val")]
+    keys = [(int(row["step"]), row["split"]) for row in rows]
+    assert keys == [(4, "val"), (5, "train"), (8, "val"), (10, "train"), (12, "val")]
     for row in rows:
-        filled = {name for name, value in row.items() if value} - {"step", "part"}
+        filled = {name for name, value in row.items() if value} - {"step", "split"}
         val = {"val/loss", "val/nats_per_char", "val/bits_per_byte", "val/perplexity"}
         train = {"train/loss", "train/grad_norm", "lr", "tokens_seen"}
         assert filled - {"perf/tokens_per_s"} == (val if row["split"] == "val" else train)
@@ -192,12 +198,12 @@ def test_metrics_csv_has_a_row_for_each_log_and_each_check(finished: tuple[Path,
             assert int(row["tokens_seen"]) == int(row["step"]) * 4 * 16
 
 
-def test_summary_json_has_the_figures_of_the_run(finished: tuple[Path, Outcome], text: str) -> None:
+def test_summary_json_has_the_metrics_of_the_run(finished: tuple[Path, Outcome], text: str) -> None:
     run, _ = finished
     summary, rows = summary_of(run), rows_of(run)
     assert list(summary) == [
         "best_val", "best_step", "best_nats_per_char", "best_bits_per_byte", "final_train_loss", "final_val_loss",
-        "total_steps", "stop_reason", "params_total", "params_active", "tokens_seen", "wall_seconds", "tokens_per_s",
+        "total_steps", "stop_reason", "tokens_seen", "wall_seconds", "tokens_per_s", "params_total", "params_active",
         "seed", "versions", "git_commit", "data_sha256", "tokenizer_sha256", "parent", "parent_step", "config",
     ]  # fmt: skip
     losses = {int(row["step"]): float(row["val/loss"]) for row in rows if row["split"] == "val"}
@@ -217,16 +223,16 @@ def test_summary_json_has_the_figures_of_the_run(finished: tuple[Path, Outcome],
     assert summary["final_val_loss"] == pytest.approx(mean_nats(run / "last.ckpt", val), abs=1e-5)
     assert summary["best_val"] == pytest.approx(mean_nats(run / "best.ckpt", val), abs=1e-5)
 
-    saved = read_checkpoint(run / "last.ckpt")
+    checkpoint = read_checkpoint(run / "last.ckpt")
     assert summary["data_sha256"] == hashlib.sha256(text.encode()).hexdigest()
-    assert summary["tokenizer_sha256"] == saved["TextDataModule"]["tokenizer_sha256"]
-    assert summary["config"] == saved["settings"]
-    weights = saved["state_dict"].values()
+    assert summary["tokenizer_sha256"] == checkpoint["TextDataModule"]["tokenizer_sha256"]
+    assert summary["config"] == checkpoint["config"]
+    weights = checkpoint["state_dict"].values()
     assert summary["params_total"] == summary["params_active"] == sum(weight.numel() for weight in weights)
     assert summary["versions"]["torch"] == torch.__version__
 
 
-def test_the_commit_is_that_of_the_package_and_of_no_repository_around_it(
+def test_git_commit_is_that_of_the_package_not_of_a_surrounding_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def git(*words: str) -> str:
@@ -236,17 +242,17 @@ def test_the_commit_is_that_of_the_package_and_of_no_repository_around_it(
     package = tmp_path / "site-packages" / "minigpt_pl"
     package.mkdir(parents=True)
     (package / "summary.py").write_text("")
-    monkeypatch.setattr(summary_room, "__file__", str(package / "summary.py"))
-    assert summary_room.git_commit() is None
+    monkeypatch.setattr(summary_module, "__file__", str(package / "summary.py"))
+    assert summary_module.git_commit() is None
     git("init")
     git("commit", "--allow-empty", "--message", "of somebody else")
-    assert summary_room.git_commit() is None
+    assert summary_module.git_commit() is None
     git("add", ".")
     git("commit", "--message", "its own")
     commit = git("rev-parse", "HEAD").strip()
-    assert summary_room.git_commit() == commit
+    assert summary_module.git_commit() == commit
     (package / "summary.py").write_text("changed")
-    assert summary_room.git_commit() == f"{commit}-dirty"
+    assert summary_module.git_commit() == f"{commit}-dirty"
 
 
 def test_a_run_ends_with_a_table_and_a_sample(finished: tuple[Path, Outcome]) -> None:
@@ -258,10 +264,72 @@ def test_a_run_ends_with_a_table_and_a_sample(finished: tuple[Path, Outcome]) ->
     assert f"{summary['best_val']:.4f} nats/token" in done.out
     assert "completed after step 12" in done.out
     assert str(run) in done.out
-    assert len(done.out.partition("what best.ckpt writes:")[2]) > 200, lines[-3:]
+    assert len(done.out.partition("A sample from best.ckpt:")[2]) > 200, lines[-3:]
 
 
-def test_active_parameters_leave_out_the_experts_that_a_token_does_not_choose(minigpt: MiniGPT, tmp_path: Path) -> None:
+def test_the_expected_time_and_the_time_left_are_printed(
+    minigpt: MiniGPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "MIN_TIMED_SECONDS", 0)
+    short = minigpt("fit", *SIZES, *OFF, "--run_dir", tmp_path / "short")
+    assert "about" not in short.out, "a run of less than a second"
+    monkeypatch.setattr(progress, "MIN_ANNOUNCED_SECONDS", 0)
+    done = minigpt("fit", *SIZES, *OFF, "--run_dir", tmp_path / "run")
+    lines = done.out.splitlines()
+    assert len(re.findall(r"^about \d+ s for 12 steps at [\d,]+ tokens/s$", done.out, re.MULTILINE)) == 1
+    evals = [line for line in lines if line.startswith("step")]
+    assert [bool(re.search(r"  \d+ s left$", line)) for line in evals] == [True, True, False]
+
+
+def test_the_time_left_counts_steps_and_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, metrics, bar = GracefulStop(None), TrainMetrics(), progress.ProgressBar()
+    now = [1.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    metrics.throughput.resume()
+    for step in range(15):
+        now[0] += 1 if step else 10  # the first step takes ten seconds, the others one
+        metrics.throughput.count_step(step)
+    metrics.throughput.pause()
+    now[0] += 6  # evaluations
+    data = SimpleNamespace(config=SimpleNamespace(eval_every=10))
+    run = {
+        "global_step": 15,
+        "max_steps": 35,
+        "accumulate_grad_batches": 2,
+        "num_val_batches": [12],
+        "datamodule": data,
+    }
+    trainer = SimpleNamespace(**run, callbacks=[stop, metrics])
+    assert bar.seconds_left(trainer) == pytest.approx(20 + 3 * 12 / 2 / 3)
+    bar._evals = 2
+    assert bar.seconds_left(trainer) == pytest.approx(20 + 3 * 6 / 2)
+    stop.max_seconds = 5
+    assert bar.seconds_left(trainer) == 5
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (300, "5 min"), (7199, "2 h 0 min"), (9000, "2 h 30 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert progress.format_duration(seconds) == text
+
+
+def test_a_package_that_is_not_installed_has_no_version_and_trains(
+    minigpt: MiniGPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name == "minigpt_pl":
+            raise PackageNotFoundError(name)
+        return importlib.metadata.version(name)
+
+    monkeypatch.setattr(summary_module, "version", version)
+    assert minigpt("fit", *SIZES, *OFF, "--trainer.max_steps", 1, "--run_dir", tmp_path / "run").status == 0
+    versions = summary_of(tmp_path / "run")["versions"]
+    assert (versions["minigpt_pl"], versions["torch"]) == ("not installed", torch.__version__)
+
+
+def test_active_parameters_exclude_experts_that_a_token_does_not_use(minigpt: MiniGPT, tmp_path: Path) -> None:
     moe = ("-c", "moe", "--model.moe_top_k", 1, "--model.ffn_mult", 2)
     assert minigpt("fit", *moe, *SIZES, *OFF, "--run_dir", tmp_path / "run").status == 0
     summary = summary_of(tmp_path / "run")
@@ -273,62 +341,62 @@ def test_active_parameters_leave_out_the_experts_that_a_token_does_not_choose(mi
     assert 0.9 < float(row["train/aux_loss"]) <= 4
 
 
-# Where it stops.
+# When it stops.
 
 
-def test_time_that_is_up_stops_without_a_check(minigpt: MiniGPT, tmp_path: Path) -> None:
+def test_the_time_limit_stops_a_run_without_an_evaluation(minigpt: MiniGPT, tmp_path: Path) -> None:
     words = ("--trainer.max_time", "00:00:00:01", "--trainer.max_steps", 10**6, "--data.eval_every", 10**6)
     done = minigpt("fit", *SIZES, *OFF, *words, "--run_dir", tmp_path / "run")
     assert done.status == 0, done.err
     summary = summary_of(tmp_path / "run")
     assert summary["stop_reason"] == "time_limit"
     assert 0 < summary["total_steps"] < 10**6
-    assert (summary["best_val"], summary["final_val_loss"], checks_of(tmp_path / "run")) == (None, None, [])
+    assert (summary["best_val"], summary["final_val_loss"], eval_steps(tmp_path / "run")) == (None, None, [])
     assert summary["final_train_loss"] > 0
     assert read_checkpoint(tmp_path / "run" / "last.ckpt")["global_step"] == summary["total_steps"]
 
 
 STILL = ("--model.lr", 1e-12, "--early_stopping.min_delta", 0.5)
-"""Nothing is learned: after the first check none improves."""
+"""Nothing is learned: no evaluation after the first one improves."""
 
 
 @pytest.mark.parametrize(
-    ("patience", "every", "steps", "checks", "reason"),
+    ("patience", "every", "steps", "evals", "reason"),
     [
         (2, 4, 40, [4, 8, 12], "early_stopping"),
         (1, 4, 40, [4, 8], "early_stopping"),
         (2, 4, 12, [4, 8, 12], "early_stopping"),  # at max_steps
-        (2, 5, 12, [5, 10, 12], "early_stopping"),  # at max_steps, off the grid
+        (2, 5, 12, [5, 10, 12], "early_stopping"),  # at max_steps, between multiples of eval_every
         (3, 5, 12, [5, 10, 12], "completed"),
     ],
 )
-def test_patience_counts_checks_without_improvement(
-    minigpt: MiniGPT, tmp_path: Path, patience: int, every: int, steps: int, checks: list[int], reason: str
+def test_patience_counts_evaluations_without_improvement(
+    minigpt: MiniGPT, tmp_path: Path, patience: int, every: int, steps: int, evals: list[int], reason: str
 ) -> None:
     words = ("--early_stopping.patience", patience, "--data.eval_every", every, "--trainer.max_steps", steps)
     assert minigpt("fit", *SIZES, *OFF, *STILL, *words, "--run_dir", tmp_path / "run").status == 0
     summary = summary_of(tmp_path / "run")
-    assert checks_of(tmp_path / "run") == checks
-    assert (summary["stop_reason"], summary["total_steps"]) == (reason, checks[-1])
+    assert eval_steps(tmp_path / "run") == evals
+    assert (summary["stop_reason"], summary["total_steps"]) == (reason, evals[-1])
 
 
-def test_min_delta_concerns_patience_only(minigpt: MiniGPT, tmp_path: Path) -> None:
+def test_min_delta_affects_patience_only(minigpt: MiniGPT, tmp_path: Path) -> None:
     words = ("--early_stopping.patience", 2, "--early_stopping.min_delta", 10, "--trainer.max_steps", 40)
     assert minigpt("fit", *SIZES, *OFF, *words, "--run_dir", tmp_path / "run").status == 0
     summary = summary_of(tmp_path / "run")
     assert (summary["stop_reason"], summary["total_steps"], summary["best_step"]) == ("early_stopping", 12, 12)
 
 
-def test_null_never_stops(minigpt: MiniGPT, tmp_path: Path) -> None:
+def test_early_stopping_null_never_stops(minigpt: MiniGPT, tmp_path: Path) -> None:
     words = (*STILL, "--early_stopping.patience", 1, "--early_stopping", "null")
     assert minigpt("fit", *SIZES, *OFF, *words, "--run_dir", tmp_path / "run").status == 0
     assert summary_of(tmp_path / "run")["stop_reason"] == "completed"
 
 
-# What validate and test say of it.
+# What validate and test print.
 
 
-def test_validate_repeats_the_best_check(
+def test_validate_repeats_the_best_evaluation(
     minigpt: MiniGPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: tuple[Path, Outcome]
 ) -> None:
     run, _ = finished
@@ -336,30 +404,30 @@ def test_validate_repeats_the_best_check(
     monkeypatch.chdir(tmp_path)
     done = minigpt("validate", "--ckpt_path", run / "best.ckpt", "--data.batch_size", 3)
     assert done.status == 0, done.err
-    assert figures(done.out)["val/loss"] == pytest.approx(summary_of(run)["best_val"], abs=1e-6)
+    assert printed_metrics(done.out)["val/loss"] == pytest.approx(summary_of(run)["best_val"], abs=1e-6)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     assert list(tmp_path.iterdir()) == []
 
 
-def test_test_reads_the_part_that_was_kept(minigpt: MiniGPT, finished: tuple[Path, Outcome], text: str) -> None:
+def test_test_scores_the_test_split(minigpt: MiniGPT, finished: tuple[Path, Outcome], text: str) -> None:
     run, _ = finished
     best = ("--ckpt_path", run / "best.ckpt")
     done = minigpt("test", *best)
     expected = mean_nats(run / "best.ckpt", text[int((1 - TEST) * len(text)) :])
-    assert figures(done.out)["test/loss"] == pytest.approx(expected, abs=1e-5)
+    assert printed_metrics(done.out)["test/loss"] == pytest.approx(expected, abs=1e-5)
 
     done = minigpt("test", *best, "--data.test_frac", 0.1)
     assert [line for line in done.err.splitlines() if "test_frac" in line] == [f"data.test_frac: {TEST} -> 0.1"]
-    assert figures(done.out)["test/loss"] == pytest.approx(
+    assert printed_metrics(done.out)["test/loss"] == pytest.approx(
         mean_nats(run / "best.ckpt", text[int(0.9 * len(text)) :]), abs=1e-5
     )
 
     done = minigpt("test", *best, "--data.test_frac", 0)
     assert (done.status, done.out) == (2, "")
-    assert "error: --data.test_frac 0: there is no test part" in done.err
+    assert "error: --data.test_frac 0: the text has no test split" in done.err
     done = minigpt("validate", *best, "--data.train_frac", 0.5)
     assert (done.status, done.out) == (2, "")
-    assert "error: --data.train_frac 0.5, but" in done.err
+    assert "error: --data.train_frac 0.5: " in done.err
 
 
 def test_predict_needs_no_text_and_validate_asks_for_it(minigpt: MiniGPT, tmp_path: Path, text_file: Path) -> None:
@@ -374,43 +442,43 @@ def test_predict_needs_no_text_and_validate_asks_for_it(minigpt: MiniGPT, tmp_pa
     assert minigpt("validate", *best, "--data.path", moved).status == 0
 
 
-def test_sampled_checks_estimate_both_parts(minigpt: MiniGPT, tmp_path: Path) -> None:
+def test_sampled_evaluations_estimate_both_splits(minigpt: MiniGPT, tmp_path: Path) -> None:
     sampled = ("--data.eval_mode", "sampled", "--data.eval_iters", 3)
     assert minigpt("fit", *SIZES, *OFF, *sampled, "--run_dir", tmp_path / "run").status == 0
-    checks = [row for row in rows_of(tmp_path / "run") if row["split"] == "val"]
-    assert all(float(row["train/eval_loss"]) > 0 for row in checks)
-    assert len({row["train/eval_loss"] for row in checks}) == len(checks)
+    evals = [row for row in rows_of(tmp_path / "run") if row["split"] == "val"]
+    assert all(float(row["train/eval_loss"]) > 0 for row in evals)
+    assert len({row["train/eval_loss"] for row in evals}) == len(evals)
 
-    best, said = ("--ckpt_path", tmp_path / "run" / "best.ckpt"), {}
+    best, losses = ("--ckpt_path", tmp_path / "run" / "best.ckpt"), {}
     for iters in (3, 4, 400):
         done = minigpt("validate", *best, "--data.eval_iters", iters)
-        said[iters] = figures(done.out)["val/loss"]
-    assert said[3] == pytest.approx(summary_of(tmp_path / "run")["best_val"], abs=1e-6)
-    assert said[4] != said[3]
-    full = figures(minigpt("validate", *best, "--data.eval_mode", "full").out)["val/loss"]
-    assert said[400] == pytest.approx(full, abs=0.02)
+        losses[iters] = printed_metrics(done.out)["val/loss"]
+    assert losses[3] == pytest.approx(summary_of(tmp_path / "run")["best_val"], abs=1e-6)
+    assert losses[4] != losses[3]
+    full = printed_metrics(minigpt("validate", *best, "--data.eval_mode", "full").out)["val/loss"]
+    assert losses[400] == pytest.approx(full, abs=0.02)
 
 
-def test_nobody_waits_for_hooks_that_do_nothing(minigpt: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_empty_hooks_are_not_called(minigpt: Callable[..., Outcome], tmp_path: Path) -> None:
     profiler = ("--trainer.profiler", "SimpleProfiler", "--trainer.profiler.dirpath", tmp_path)
     words = (*TINY, "--trainer.max_steps", 2, *profiler, "--trainer.profiler.filename", "calls")
     assert minigpt("fit", *words, "--wandb.offline", True, "--run_dir", tmp_path / "run").status == 0
     (report,) = tmp_path.glob("*calls*")
     called = set(re.findall(r"\[Callback\](\w+)\.(\w+)", report.read_text("utf-8")))
     assert {("TrainMetrics", "on_train_batch_end"), ("StepSeeder", "on_train_batch_start")} <= called
-    at_work = {callback for callback, hook in called if hook in STEP_HOOKS}
-    assert at_work == {"SeedSteps", "TrainMetrics", "GracefulStop", "LastCheckpoint"}
+    busy = {callback for callback, hook in called if hook in STEP_HOOKS}
+    assert busy == {"StepSeeder", "TrainMetrics", "GracefulStop", "LastCheckpoint", "ProgressBar"}
     assert ("WandbCallback", "on_validation_end") in called
     assert {hook for _, hook in called} & set(STEP_HOOKS) == {"on_train_batch_start", "on_train_batch_end"}
     assert ("RunSummary", "on_train_batch_end") not in called
 
 
 def test_final_train_loss_has_the_precision_of_the_run(minigpt: Callable[..., Outcome], tmp_path: Path) -> None:
-    """As val/loss has, so that the two compare."""
-    place = tmp_path / "r"
-    assert minigpt("fit", *TINY, "--trainer.precision", "bf16-mixed", "--run_dir", place).status == 0
-    saved = read_checkpoint(place / "last.ckpt")
-    model, data = from_checkpoint(saved), datamodule_of(saved)
+    """The same as val/loss, so that the two compare."""
+    run = tmp_path / "run"
+    assert minigpt("fit", *TINY, "--trainer.precision", "bf16-mixed", "--run_dir", run).status == 0
+    checkpoint = read_checkpoint(run / "last.ckpt")
+    model, data = from_checkpoint(checkpoint), datamodule_of(checkpoint["config"])
 
     def loss() -> float:
         nats, tokens = 0.0, 0
@@ -422,4 +490,4 @@ def test_final_train_loss_has_the_precision_of_the_run(minigpt: Callable[..., Ou
 
     with torch.autocast("cpu", torch.bfloat16):
         rounded = loss()
-    assert json.loads((place / "summary.json").read_text())["final_train_loss"] == rounded != loss()
+    assert json.loads((run / "summary.json").read_text())["final_train_loss"] == rounded != loss()

@@ -1,4 +1,4 @@
-"""What Weights & Biases is told: the written .wandb files are read back, and nothing of a run reaches the next one."""
+"""What Weights & Biases stores: the .wandb files are read back, and nothing of a run reaches the next one."""
 
 import ast
 import json
@@ -23,9 +23,9 @@ FIT = (
     "--samples.max_new_tokens", 5, "--trainer.enable_progress_bar", "false",
 )  # fmt: skip
 LOADS = {f"moe/load_{layer}_{expert}" for layer in range(2) for expert in range(4)}
-FLOORS = {f"baseline/{name}" for name in ("unigram", "bigram", "trigram", "4-gram", "5-gram", "6-gram", "xz")}
+BASELINES = {f"baseline/{name}" for name in ("unigram", "bigram", "trigram", "4-gram", "5-gram", "6-gram", "xz")}
 PANELS = {  # as docs/wandb.md shows them
-    "Losses": {"train/loss", "val/loss", "val/nats_per_char"} | FLOORS,
+    "Losses": {"train/loss", "val/loss", "val/nats_per_char"} | BASELINES,
     "Learning": {"lr", "train/grad_norm", "train/aux_loss"},
     "Experts": {"moe/dead_experts", "moe/entropy"} | LOADS,
     "Speed": {"perf/tokens_per_s", "tokens_seen", "perf/memory_gib"},
@@ -50,7 +50,7 @@ class Written:
 
 
 def records(path: Path) -> Iterator[bytes]:
-    """The whole records of a .wandb file: a header, then LevelDB log blocks, which may cut a record in pieces."""
+    """The whole records of a .wandb file: a header, then LevelDB log blocks, which may split a record."""
     content, at, whole = path.read_bytes(), 7, b""
     assert content[:4] == b":W&B"
     while at + 7 <= len(content):
@@ -59,7 +59,7 @@ def records(path: Path) -> Iterator[bytes]:
             at += room
             continue
         length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
-        if kind == 0 or at + 7 + length > len(content):  # not written yet, or not to its end
+        if kind == 0 or at + 7 + length > len(content):  # not written yet, or not completely
             break
         whole += content[at + 7 : at + 7 + length]
         at += 7 + length
@@ -74,7 +74,7 @@ def read(folder: Path) -> Written:
         if (found := read_now(folder)).exit_code is not None:
             return found
         time.sleep(0.05)
-    raise AssertionError(f"{folder} is never finished")
+    raise AssertionError(f"{folder} is not finished after ten seconds")
 
 
 def read_now(folder: Path) -> Written:
@@ -112,7 +112,7 @@ def summary(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "summary.json").read_text("utf-8"))
 
 
-def test_a_run_is_there_whole_and_nothing_of_it_in_the_next(
+def test_a_run_is_stored_completely_and_nothing_of_it_reaches_the_next(
     minigpt: Callable[..., Outcome], tmp_path: Path, text_file: Path
 ) -> None:
     import wandb
@@ -120,8 +120,8 @@ def test_a_run_is_there_whole_and_nothing_of_it_in_the_next(
     environment = dict(os.environ)
     words = (*FIT, "-c", "moe", "--data.path", text_file, "--trainer.log_every_n_steps", 2)
     one, other = tmp_path / "one", tmp_path / "other"
-    marks = ("--wandb.group", "g", "--wandb.job_type", "j", "--wandb.tags", "[a, b]", "--wandb.log_best", "true")
-    done = minigpt(*words, "--run_dir", one, *marks)
+    labels = ("--wandb.group", "g", "--wandb.job_type", "j", "--wandb.tags", "[a, b]", "--wandb.log_best", "true")
+    done = minigpt(*words, "--run_dir", one, *labels)
     assert done.status == 0, done.err
     assert "wandb" not in done.out + done.err.lower()
     assert wandb.run is None
@@ -134,17 +134,17 @@ def test_a_run_is_there_whole_and_nothing_of_it_in_the_next(
     for panel, names in PANELS.items():
         assert names <= keys, f"{panel} lacks {names - keys}"
     assert all(row["trainer/global_step"] in range(2, 9, 2) for row in found.rows)
-    checks = [row for row in found.rows if "val/loss" in row]
-    assert [row["trainer/global_step"] for row in checks] == [4, 8]
-    said = summary(one)
-    assert min(row["val/loss"] for row in checks) == said["best_val"]
-    assert {name: found.summary[name] for name in said if name != "config"} == {
-        k: v for k, v in said.items() if k != "config"
+    evals = [row for row in found.rows if "val/loss" in row]
+    assert [row["trainer/global_step"] for row in evals] == [4, 8]
+    expected = summary(one)
+    assert min(row["val/loss"] for row in evals) == expected["best_val"]
+    assert {name: found.summary[name] for name in expected if name != "config"} == {
+        k: v for k, v in expected.items() if k != "config"
     }
     best = next(metric for metric in found.metrics if metric.name == "val/loss")
     assert best.summary.min
     assert best.step_metric == "trainer/global_step"
-    assert {name: found.config[name] for name in said["config"]} == said["config"]
+    assert {name: found.config[name] for name in expected["config"]} == expected["config"]
     assert (found.group, found.job_type, found.tags, found.exit_code) == ("g", "j", ["a", "b"], 0)
     assert any(artifact.type == "model" and "best" in artifact.aliases for artifact in found.artifacts)
     tables = sorted(folders(one)[0].glob("files/media/table/*.json"), key=lambda path: path.stat().st_mtime)
@@ -169,7 +169,7 @@ def test_a_run_is_there_whole_and_nothing_of_it_in_the_next(
     assert [row[0] for row in json.loads(tables[-1].read_text())["data"]] == [4, 8, 12]
 
 
-def test_a_failed_run_is_marked_and_a_live_one_without_a_key_is_refused(
+def test_a_failed_run_is_marked_and_an_online_run_without_a_key_is_refused(
     minigpt: Callable[..., Outcome], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert minigpt(*FIT, "--data.path", text_file, "--run_dir", tmp_path / "r", "--model.lr", 1e30).status == 3
@@ -181,22 +181,23 @@ def test_a_failed_run_is_marked_and_a_live_one_without_a_key_is_refused(
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
     done = minigpt(*FIT, "--data.path", text_file, "--run_dir", tmp_path / "live", "--wandb.offline", "false")
     assert done.status == 2
-    assert done.err == "error: --wandb.offline false: W&B knows no key here; run wandb login, or leave it out\n"
+    assert done.err == "error: --wandb.offline false: W&B has no API key; run wandb login, or leave the option out\n"
     assert not (tmp_path / "live").exists()
 
 
 @pytest.mark.parametrize(("layers", "experts", "expected"), [(3, 10, 30), (4, 8, 8), (16, 4, 2)])
-def test_many_experts_do_not_flood_the_panel(layers: int, experts: int, expected: int) -> None:
-    model = ModernLM(7, 1e-3, 0.0, 0.0, n_layer=layers, n_head=1, n_embd=8, block_size=4, n_experts=experts)
+def test_many_experts_give_a_limited_number_of_metrics(layers: int, experts: int, expected: int) -> None:
+    sizes = {"vocab_size": 7, "n_layer": layers, "n_head": 1, "n_embd": 8, "block_size": 4, "n_experts": experts}
+    model = ModernLM(lr=1e-3, dropout=0.0, weight_decay=0.0, **sizes)
     model.net(torch.zeros(1, 4, dtype=torch.long))
     loads = {name: value for name, value in model.extra_metrics().items() if name.startswith("moe/load_")}
     assert len(loads) == expected <= MAX_LOAD_METRICS
     assert max(loads.values()) == 1.0  # four equal tokens choose one expert
 
 
-def test_only_a_fit_that_uses_it_pays_for_it() -> None:
-    """No file of the package imports it at top level, where it would cost every command."""
-    for path in PROJECT.glob("minigpt_pl/*.py"):
+def test_wandb_is_imported_by_a_fit_that_uses_it_only() -> None:
+    """No file of the package imports it at top level, which would slow down every command."""
+    for path in PROJECT.glob("minigpt_pl/**/*.py"):
         for node in ast.parse(path.read_text("utf-8")).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -1,4 +1,4 @@
-"""What ends a run, and what may change when it goes on."""
+"""What ends a run, and what may change when it resumes."""
 
 import csv
 from collections.abc import Callable
@@ -22,8 +22,8 @@ def fit(minigpt: Call, tmp_path: Path, text_file: Path) -> Call:
 
 
 @pytest.fixture
-def go_on(minigpt: Call, tmp_path: Path) -> Call:
-    """go_on("name", options ...) goes on with the run in that directory."""
+def resume(minigpt: Call, tmp_path: Path) -> Call:
+    """resume("name", options ...) resumes the run in that directory."""
     return lambda name, *options: minigpt("fit", "--run_dir", tmp_path / name, "--ckpt_path", "last", *options)
 
 
@@ -38,92 +38,92 @@ def stopped(fit: Call) -> Callable[..., None]:
     return stop
 
 
-def rows(run_dir: Path, part: str) -> list[dict[str, str]]:
+def rows(run_dir: Path, split: str) -> list[dict[str, str]]:
     with (run_dir / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row["split"] == part]
+        return [row for row in csv.DictReader(file) if row["split"] == split]
 
 
 def group(run_dir: Path) -> dict[str, Any]:
-    """The settings of AdamW's parameters as last.ckpt has them."""
+    """The parameter group of AdamW in last.ckpt."""
     return torch.load(run_dir / "last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"][-1]
 
 
 PATIENCE = ("--trainer.max_steps", 40, "--early_stopping.min_delta", 100, "--early_stopping.patience")
-"""After the first check none is an improvement."""
+"""No evaluation after the first one counts as an improvement."""
 
 
-def test_early_stopping_counts_on_over_a_resume(fit: Call, go_on: Call, stopped: Any, tmp_path: Path) -> None:
+def test_early_stopping_keeps_its_count_over_a_resume(fit: Call, resume: Call, stopped: Any, tmp_path: Path) -> None:
     assert fit("straight", *PATIENCE, 2).status == 0
     assert summary(tmp_path / "straight")["stop_reason"] == "early_stopping"
     assert summary(tmp_path / "straight")["total_steps"] == 15
     stopped("stopped", *PATIENCE, 2)
-    assert go_on("stopped").status == 0
+    assert resume("stopped").status == 0
     assert differences(tmp_path / "straight", tmp_path / "stopped") == []
 
 
-def test_a_run_that_ran_out_of_patience_is_given_more(fit: Call, go_on: Call, tmp_path: Path) -> None:
+def test_a_run_that_ran_out_of_patience_resumes_with_more(fit: Call, resume: Call, tmp_path: Path) -> None:
     fit("straight", *PATIENCE, 3)
     fit("stopped", *PATIENCE, 2)
-    assert "--early_stopping.patience MORE" in go_on("stopped").out  # without more it stops again at once
+    assert "--early_stopping.patience MORE" in resume("stopped").out  # with the same patience it stops again at once
     assert summary(tmp_path / "stopped")["total_steps"] == 15
-    said = go_on("stopped", "--early_stopping.patience", 3)
-    assert "early_stopping.patience: 2 -> 3\n" in said.err
+    resumed = resume("stopped", "--early_stopping.patience", 3)
+    assert "early_stopping.patience: 2 -> 3\n" in resumed.err
     assert differences(tmp_path / "straight", tmp_path / "stopped") == []
 
 
-def test_a_run_extended_past_an_off_grid_end_drops_its_check(fit: Call, go_on: Call, tmp_path: Path) -> None:
+def test_a_run_extended_past_an_unscheduled_evaluation_drops_it(fit: Call, resume: Call, tmp_path: Path) -> None:
     options = ("--samples.every_n_evals", 1, "--early_stopping.min_delta", 100, "--early_stopping.patience", 9)
-    options += ("--model.lr_schedule", "constant")  # others know the end
+    options += ("--model.lr_schedule", "constant")  # a cosine depends on max_steps
     fit("straight", *options, "--trainer.max_steps", 20)
     fit("extended", *options, "--trainer.max_steps", 13)
     assert [row["step"] for row in rows(tmp_path / "extended", "val")] == ["5", "10", "13"]
-    go_on("extended", "--trainer.max_steps", 17)
+    resume("extended", "--trainer.max_steps", 17)
     assert [row["step"] for row in rows(tmp_path / "extended", "val")] == ["5", "10", "15", "17"]
-    assert "trainer.max_steps: 17 -> 20\n" in go_on("extended", "--trainer.max_steps", 20).err
+    assert "trainer.max_steps: 17 -> 20\n" in resume("extended", "--trainer.max_steps", 20).err
     assert differences(tmp_path / "straight", tmp_path / "extended") == []
 
 
-def test_a_run_whose_time_was_up_goes_on_when_it_gets_more(fit: Call, go_on: Call, tmp_path: Path) -> None:
+def test_a_run_at_its_time_limit_resumes_with_more_time(fit: Call, resume: Call, tmp_path: Path) -> None:
     fit("straight")
     assert fit("limited", "--trainer.max_time", "00:00:00:00").status == 0
-    found = summary(tmp_path / "limited")
-    assert (found["stop_reason"], found["total_steps"]) == ("time_limit", 0)
-    assert "--trainer.max_time MORE" in go_on("limited").out
-    assert go_on("limited", "--trainer.max_time", "null").status == 0
+    result = summary(tmp_path / "limited")
+    assert (result["stop_reason"], result["total_steps"]) == ("time_limit", 0)
+    assert "--trainer.max_time MORE" in resume("limited").out
+    assert resume("limited", "--trainer.max_time", "null").status == 0
     assert differences(tmp_path / "straight", tmp_path / "limited") == []
 
 
 def test_a_changed_learning_rate_and_decay_reach_the_restored_optimizer(
-    go_on: Call, stopped: Any, tmp_path: Path
+    resume: Call, stopped: Any, tmp_path: Path
 ) -> None:
     stopped("run", "--model.lr_schedule", "constant", "--model.lr", 0.002)
     assert group(tmp_path / "run")["lr"] == 0.002
-    said = go_on("run", "--model.lr", 0.0005, "--model.weight_decay", 0.3)
-    assert "model.lr: 0.002 -> 0.0005\nmodel.weight_decay: 0.1 -> 0.3\n" in said.err
+    resumed = resume("run", "--model.lr", 0.0005, "--model.weight_decay", 0.3)
+    assert "model.lr: 0.002 -> 0.0005\nmodel.weight_decay: 0.1 -> 0.3\n" in resumed.err
     assert (group(tmp_path / "run")["lr"], group(tmp_path / "run")["weight_decay"]) == (0.0005, 0.3)
     assert float(rows(tmp_path / "run", "train")[-1]["lr"]) == 0.0005
 
 
-def test_a_changed_interval_and_batch_size_take_effect_at_once(go_on: Call, stopped: Any, tmp_path: Path) -> None:
+def test_a_changed_interval_and_batch_size_take_effect_at_once(resume: Call, stopped: Any, tmp_path: Path) -> None:
     stopped("run")
-    said = go_on("run", "--data.eval_every", 4, "--data.batch_size", 6)
-    assert "data.batch_size: 4 -> 6\ndata.eval_every: 5 -> 4\n" in said.err
+    resumed = resume("run", "--data.eval_every", 4, "--data.batch_size", 6)
+    assert "data.batch_size: 4 -> 6\ndata.eval_every: 5 -> 4\n" in resumed.err
     assert [row["step"] for row in rows(tmp_path / "run", "val")] == ["5", "8", "12", "16"]
     assert summary(tmp_path / "run")["tokens_seen"] == (7 * 4 + 9 * 6) * 16
 
 
-def test_a_changed_interval_keeps_the_check_of_the_step_it_starts_from(fit: Call, go_on: Call, tmp_path: Path) -> None:
+def test_a_changed_interval_keeps_the_evaluation_it_resumes_from(fit: Call, resume: Call, tmp_path: Path) -> None:
     with at_micro_batch(10, interrupt):
         fit("run")
-    go_on("run", "--data.eval_every", 4)
+    resume("run", "--data.eval_every", 4)
     assert [row["step"] for row in rows(tmp_path / "run", "val")] == ["5", "10", "12", "16"]
 
 
-def test_changes_are_kept_for_the_next_start(go_on: Call, stopped: Any, tmp_path: Path) -> None:
+def test_changes_are_kept_for_the_next_start(resume: Call, stopped: Any, tmp_path: Path) -> None:
     stopped("run")
     with at_micro_batch(8, interrupt):
-        go_on("run", "--model.lr", 0.0005)
-    assert go_on("run").err == ""
+        resume("run", "--model.lr", 0.0005)
+    assert resume("run").err == ""
     assert summary(tmp_path / "run")["config"]["model"]["init_args"]["lr"] == 0.0005
 
 
@@ -140,8 +140,8 @@ def test_changes_are_kept_for_the_next_start(go_on: Call, stopped: Any, tmp_path
         (("--data.train_frac", 0.8), "data.train_frac"),
     ],
 )
-def test_what_the_weights_contradict_is_refused_by_name(
-    go_on: Call, trained: Path, minigpt: Call, option: tuple[object, ...], name: str
+def test_options_that_contradict_the_weights_are_refused_by_name(
+    resume: Call, trained: Path, minigpt: Call, option: tuple[object, ...], name: str
 ) -> None:
     outcome = minigpt("fit", "--ckpt_path", trained / "last.ckpt", *option)
     assert outcome.status == 2
@@ -162,43 +162,43 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_another_text_under_the_same_path_is_noticed(
-    go_on: Call, stopped: Any, tmp_path: Path, text_file: Path
+    resume: Call, stopped: Any, tmp_path: Path, text_file: Path
 ) -> None:
     stopped("run")
     text_file.write_text(text_file.read_text("utf-8").replace("out", "tou"), "utf-8")
-    refused = go_on("run")
+    refused = resume("run")
     assert refused.status == 2
     assert str(text_file) in refused.err
     assert "--data.allow_data_change true" in refused.err
     before = summary(tmp_path / "run")["data_sha256"]
     with at_micro_batch(9, interrupt):
-        allowed = go_on("run", "--data.allow_data_change", "true")
-    assert f"data.path {text_file} is not the text" in allowed.err
+        allowed = resume("run", "--data.allow_data_change", "true")
+    assert f"data.path {text_file}: it is not the text" in allowed.err
     assert summary(tmp_path / "run")["data_sha256"] != before
     text_file.write_text(text_file.read_text("utf-8").replace("tou", "out"), "utf-8")
-    assert go_on("run").status == 2  # it was agreed to once
+    assert resume("run").status == 2  # the option holds for one start
 
 
-OTHERWISE = ("--data.eval_mode", "sampled", "--data.eval_iters", 1)
+OTHER_EVALS = ("--data.eval_mode", "sampled", "--data.eval_iters", 1)
 
 
-@pytest.mark.parametrize("changes", [(), OTHERWISE], ids=["same checks", "other checks"])
-def test_the_best_is_not_compared_with_checks_of_another_kind(
-    fit: Call, go_on: Call, tmp_path: Path, changes: tuple[Any, ...]
+@pytest.mark.parametrize("changes", [(), OTHER_EVALS], ids=["same evaluations", "other evaluations"])
+def test_best_is_not_compared_with_evaluations_of_another_kind(
+    fit: Call, resume: Call, tmp_path: Path, changes: tuple[Any, ...]
 ) -> None:
     assert fit("run", "--trainer.max_steps", 10).status == 0
-    rates = ("--model.lr", 5, "--model.muon_lr", 5, "--trainer.gradient_clip_val", "null")  # all later checks are worse
-    done = go_on("run", "--trainer.max_steps", 20, *rates, *changes)
+    rates = ("--model.lr", 5, "--model.muon_lr", 5, "--trainer.gradient_clip_val", "null")  # the loss only rises
+    done = resume("run", "--trainer.max_steps", 20, *rates, *changes)
     assert done.status == 0, done.err
-    assert ("best.ckpt and patience begin anew" in done.err) is bool(changes)
+    assert ("best.ckpt and patience start again" in done.err) is bool(changes)
     best = summary(tmp_path / "run")["best_step"]
     assert (best > 10) is bool(changes)
     assert torch.load(tmp_path / "run" / "best.ckpt", weights_only=True)["global_step"] == best
 
 
-def test_a_line_of_a_sample_that_looks_like_a_heading_is_none(go_on: Call, stopped: Any, tmp_path: Path) -> None:
+def test_a_line_of_a_sample_that_looks_like_a_header_is_not_one(resume: Call, stopped: Any, tmp_path: Path) -> None:
     stopped("run", "--samples.every_n_evals", 1, "--samples.max_new_tokens", 5)
     samples = tmp_path / "run" / "samples.txt"
     samples.write_text(samples.read_text("utf-8") + "=== step of the dance\n", "utf-8")
-    assert go_on("run").status == 0
+    assert resume("run").status == 0
     assert "=== step of the dance\n=== step " in samples.read_text("utf-8")

@@ -1,7 +1,7 @@
-"""Loaded by Python itself in a process that a test starts: tells the test where the process is, and plants faults.
+"""Loaded by Python itself in a process that a test starts: writes where in a run the process is, and can cause faults.
 
-The place stands in the file $WITNESS as soon as it is reached, so that it can be read after SIGKILL too; beside it,
-what each device's process found in its checks. The command itself is the README's; the package knows nothing of this.
+The file $WITNESS holds the current place, also after SIGKILL; files beside it hold the metrics of each process's
+evaluations. The package itself knows nothing of this file.
 """
 
 import os
@@ -15,15 +15,15 @@ def mark(place, step=0):
 
 
 def in_modules(module):
-    train, check = module.LanguageModel.training_step, module.LanguageModel.validation_step
+    train, evaluate = module.LanguageModel.training_step, module.LanguageModel.validation_step
 
     def training_step(self, batch, batch_idx):
         mark("step", self.trainer.global_step + 1)
         return train(self, batch, batch_idx)
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        mark("check", self.trainer.global_step)
-        return check(self, batch, batch_idx, dataloader_idx)
+        mark("evaluation", self.trainer.global_step)
+        return evaluate(self, batch, batch_idx, dataloader_idx)
 
     module.LanguageModel.training_step, module.LanguageModel.validation_step = training_step, validation_step
 
@@ -45,12 +45,12 @@ def in_checkpoint(module):
         import torch
 
         def save_checkpoint(self, checkpoint, path, storage_options=None):
-            checkpoint["digest"] = module.digest(checkpoint)
+            checkpoint["digest"] = module.tensor_digest(checkpoint)
             open(f"{path}.writing", "w").close()
             with open(path, "wb") as file:
                 file.write(b"x")
                 file.flush()
-                time.sleep(0.5)  # long enough to be struck in, on any machine
+                time.sleep(0.5)  # long enough for a signal to arrive, on any machine
                 file.seek(0)
                 torch.save(checkpoint, file)
             os.unlink(f"{path}.writing")
@@ -58,11 +58,11 @@ def in_checkpoint(module):
         module.AtomicCheckpointIO.save_checkpoint = save_checkpoint
 
 
-def in_callbacks(module):
+def in_metrics(module):
     end = module.TrainMetrics.on_validation_end
 
     def on_validation_end(self, trainer, pl_module):
-        with open(f"{os.environ['WITNESS']}.checks-{RANK}", "a") as file:
+        with open(f"{os.environ['WITNESS']}.evals-{RANK}", "a") as file:
             file.write(f"{trainer.global_step} {pl_module.eval_metrics}\n")
         return end(self, trainer, pl_module)
 
@@ -73,7 +73,7 @@ HOOKS = {
     "minigpt_pl.training.lit_modules": in_modules,
     "minigpt_pl.training.summary": in_summary,
     "minigpt_pl.checkpoint.io": in_checkpoint,
-    "minigpt_pl.training.metrics": in_callbacks,
+    "minigpt_pl.training.metrics": in_metrics,
 }
 
 
