@@ -103,7 +103,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = Dropout(dropout)
         self.rope = rope
 
-    def matrices(self) -> list[nn.Parameter]:
+    def matrices(self) -> list[Tensor]:
         """The weight matrices; the last one writes to the residual stream."""
         return [self.qkv.weight, self.out.weight]
 

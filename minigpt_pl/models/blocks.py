@@ -40,7 +40,7 @@ class MLP(nn.Module):
         self.up = nn.Linear(n_embd, 4 * n_embd)
         self.down = nn.Linear(4 * n_embd, n_embd)
 
-    def matrices(self) -> list[nn.Parameter]:
+    def matrices(self) -> list[Tensor]:
         """The weight matrices; the last one writes to the residual stream."""
         return [self.up.weight, self.down.weight]
 
@@ -61,7 +61,7 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Linear(n_embd, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, n_embd, bias=False)
 
-    def matrices(self) -> list[nn.Parameter]:
+    def matrices(self) -> list[Tensor]:
         """The weight matrices; the last one writes to the residual stream."""
         return [self.gate_up.weight, self.down.weight]
 

@@ -67,11 +67,11 @@ class GPT(nn.Module):
     def moe_layers(self) -> Iterator[MoE]:
         return (block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoE))
 
-    def branch_outputs(self) -> list[nn.Parameter]:
+    def branch_outputs(self) -> list[Tensor]:
         """The weights that write to the residual stream, two a block."""
         return [part.matrices()[-1] for part in self._branches()]
 
-    def matrices(self) -> list[nn.Parameter]:
+    def matrices(self) -> list[Tensor]:
         """The weights inside the blocks that map vectors to vectors, or a stack of them for experts: Muon's."""
         return [weight for part in self._branches() for weight in part.matrices()]
 
@@ -103,7 +103,7 @@ class GPT(nn.Module):
         raise NotImplementedError
 
 
-def init_weights(model: nn.Module, seed: int, std: Mapping[nn.Parameter, float], default_std: float = 0.02) -> None:
+def init_weights(model: nn.Module, seed: int, std: Mapping[Tensor, float], default_std: float = 0.02) -> None:
     """Draws every parameter from one generator: norms are 1, biases 0, all other weights N(0, std).
 
     Args:
@@ -113,7 +113,7 @@ def init_weights(model: nn.Module, seed: int, std: Mapping[nn.Parameter, float],
         default_std: Standard deviation of all others.
     """
     generator = torch.Generator().manual_seed(seed)
-    norm_weights = {m.weight for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm))}
+    norm_weights: set[Tensor] = {m.weight for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm))}
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # yields a tied parameter once
             if parameter in norm_weights:
@@ -199,7 +199,7 @@ class ModernGPT(GPT):
         self.head = nn.Linear(n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
-        zeros = [module.weight for module in self.modules() if isinstance(module, ShortConv)]
+        zeros: list[Tensor] = [module.weight for module in self.modules() if isinstance(module, ShortConv)]
         if config.zero_init:
             zeros += self.branch_outputs()
             zeros += [] if config.tie_embeddings else [self.head.weight]

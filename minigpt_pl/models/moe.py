@@ -40,7 +40,7 @@ class MoE(nn.Module):
         self.last_routing: tuple[Tensor, Tensor] | None = None
         """Of the last training pass, detached: share of the token-expert pairs (E,), mean router probability (E,)."""
 
-    def matrices(self) -> list[nn.Parameter]:
+    def matrices(self) -> list[Tensor]:
         """The experts' weight matrices, stacked; the last ones write to the residual stream."""
         return [self.gate_up, self.down]
 
