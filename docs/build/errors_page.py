@@ -182,7 +182,7 @@ CASES = {
         ("fit --ckpt_path last --run_dir elsewhere", "--ckpt_path last: there is no elsewhere/last.ckpt; name a checkpoint that minigpt wrote"),
         ("fit --ckpt_path ''", "--ckpt_path '': its value is missing; write for example --ckpt_path last"),
         ("fit --ckpt_path best --run_dir run", "--ckpt_path best: a run can only be resumed from last; to fork it from its best step, use --ckpt_path run/best.ckpt --run_dir NEW"),
-        ("fit --ckpt_path run/best.ckpt", "--ckpt_path run/best.ckpt: a run resumes from last.ckpt only; start a branch with --run_dir NEW, or resume from last.ckpt"),
+        ("fit --ckpt_path run/best.ckpt", "--ckpt_path run/best.ckpt: a run resumes from last.ckpt only; start a fork with --run_dir NEW, or resume from last.ckpt"),
         ("fit --ckpt_path run/best.ckpt --run_dir run", "--run_dir run: the directory holds a run; resume it with --ckpt_path last, or use another --run_dir"),
     ],
     "Checkpoints": [
