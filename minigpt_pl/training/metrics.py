@@ -89,7 +89,7 @@ class TrainMetrics(Callback):
         return self.throughput.tokens / self.throughput.seconds if self.throughput.seconds else None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._pause(trainer, pl_module)
+        self.on_validation_start(trainer, pl_module)
         self.throughput.update(self.tokens_seen)
         sums = trainer.strategy.all_gather(pl_module.running_sums)  # (3,) or (processes, 3)
         checkpoint["callbacks"][self.state_key] = {
@@ -124,7 +124,10 @@ class TrainMetrics(Callback):
                 self._log(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._pause(trainer, pl_module)
+        if not pl_module.is_finite():  # between two logs nothing else looks
+            problem = "the loss, the gradient or a weight is not a finite number"
+            raise DivergenceError(f"step {trainer.global_step}: {problem}")
+        self.throughput.pause()
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not math.isfinite(loss := pl_module.eval_metrics["val/loss"]):
@@ -134,12 +137,6 @@ class TrainMetrics(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.throughput.pause()
         self.throughput.update(self.tokens_seen)
-
-    def _pause(self, trainer: Trainer, pl_module: Any) -> None:
-        if not pl_module.is_finite():  # between two logs nothing else looks
-            problem = "the loss, the gradient or a weight is not a finite number"
-            raise DivergenceError(f"step {trainer.global_step}: {problem}")
-        self.throughput.pause()
 
     def _log(self, trainer: Trainer, pl_module: Any) -> None:
         sums = trainer.strategy.reduce(pl_module.running_sums.clone(), reduce_op="mean")  # (3,)
