@@ -14,7 +14,7 @@ from typing import Any
 from minigpt_pl.data.baselines import compute_baselines
 
 CURVE = Path(__file__).parents[1] / "curve.svg"
-STEPS = (100, 200, 400, 800, 1200, 1500)
+STEPS = (100, 200, 400, 600, 800, 1000)
 TRAIN, VAL, BASELINE = "#9db8d9", "#1f5fa8", "#b0762a"
 MIN_LABEL_DISTANCE = 0.075  # in nats, so that labels do not overlap
 
