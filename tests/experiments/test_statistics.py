@@ -97,6 +97,15 @@ def test_the_block_bootstrap_covers_where_neighbours_are_alike() -> None:
     assert covered[1] < 8
 
 
+def test_blocks_of_the_bootstrap_go_round_the_end_of_the_text() -> None:
+    """So that each character is in as many blocks as any other, the first one too."""
+    text = np.zeros(MIN_BLOCKS * BLOCK_CHARACTERS)
+    text[0] = 1
+    interval = block_bootstrap(text, BLOCK_CHARACTERS)
+    assert interval is not None
+    assert interval.high > 0
+
+
 def test_characters_that_were_not_scored_are_left_out() -> None:
     values = np.array([np.nan, 1.0, 3.0, np.nan] * 5)
     found = block_bootstrap(values, 1)
