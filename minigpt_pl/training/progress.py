@@ -52,7 +52,7 @@ class ProgressBar(TQDMProgressBar):
         self._announced = True
 
     def seconds_left(self, trainer: Any) -> float:
-        """Rough time to the end of the run, including its evaluations."""
+        """Rough time to the last step, including evaluations; the time limit may end the run earlier."""
         throughput = get_callback(trainer, TrainMetrics).throughput
         step, last, every = trainer.global_step, trainer.max_steps, trainer.datamodule.config.eval_every
         per_step = throughput.seconds_per_step()
@@ -61,8 +61,7 @@ class ProgressBar(TQDMProgressBar):
             per_eval = (time.perf_counter() - throughput.started_at - throughput.clock()) / self._evals
         else:  # a forward pass takes about a third of a step
             per_eval = sum(trainer.num_val_batches) * per_step / trainer.accumulate_grad_batches / 3
-        seconds = (last - step) * per_step + evals * per_eval
-        return min(seconds, get_callback(trainer, GracefulStop).seconds_left)
+        return (last - step) * per_step + evals * per_eval
 
     def get_metrics(self, trainer: Any, pl_module: LightningModule) -> dict[str, Any]:
         shown, metrics = {}, get_callback(trainer, TrainMetrics).latest
@@ -87,7 +86,8 @@ class ProgressBar(TQDMProgressBar):
         columns += [f"val/loss {val['val/loss']:.4f}", f"nats/char {val['val/nats_per_char']:.4f}"]
         columns += [f"{train['perf/tokens_per_s']:,.0f} tokens/s"] if "perf/tokens_per_s" in train else []
         if trainer.global_step < trainer.max_steps and not trainer.should_stop:
-            columns += [f"{format_duration(self.seconds_left(trainer))} left"]
+            seconds = min(self.seconds_left(trainer), get_callback(trainer, GracefulStop).seconds_left)
+            columns += [f"{format_duration(seconds)} left"]
         self.print("  ".join(columns))
 
     def print(self, *args: Any, **kwargs: Any) -> None:

@@ -34,7 +34,6 @@ from minigpt_pl.training import summary as summary_module
 from minigpt_pl.training.lit_modules import from_checkpoint
 from minigpt_pl.training.metrics import TrainMetrics
 from minigpt_pl.training.patches import STEP_HOOKS
-from minigpt_pl.training.stopping import GracefulStop
 
 MiniGPT = Callable[..., Outcome]
 SIZES = (
@@ -282,7 +281,7 @@ def test_the_expected_time_and_the_time_left_are_printed(
 
 
 def test_the_time_left_counts_steps_and_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
-    stop, metrics, bar = GracefulStop(None), TrainMetrics(), progress.ProgressBar()
+    metrics, bar = TrainMetrics(), progress.ProgressBar()
     now = [1.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     metrics.throughput.resume()
@@ -299,12 +298,10 @@ def test_the_time_left_counts_steps_and_evaluations(monkeypatch: pytest.MonkeyPa
         "num_val_batches": [12],
         "datamodule": data,
     }
-    trainer = SimpleNamespace(**run, callbacks=[stop, metrics])
+    trainer = SimpleNamespace(**run, callbacks=[metrics])
     assert bar.seconds_left(trainer) == pytest.approx(20 + 3 * 12 / 2 / 3)
     bar._evals = 2
     assert bar.seconds_left(trainer) == pytest.approx(20 + 3 * 6 / 2)
-    stop.max_seconds = 5
-    assert bar.seconds_left(trainer) == 5
 
 
 @pytest.mark.parametrize(
