@@ -92,14 +92,14 @@ def resolve_run_dir(run_dir: str, checkpoint: Path | None, model: str) -> RunDir
     """The directory of a run of `fit`, from --run_dir or "", the checkpoint to start from, and the model's class.
 
     Raises:
-        UserError: If the directory holds another run, or a branch has no directory.
+        UserError: If the directory holds another run, or a fork has no directory.
     """
     path = Path(run_dir).expanduser() if run_dir else None
     resuming = checkpoint is not None and checkpoint.name == LAST_CKPT
     if checkpoint and path:
         resuming = resuming and path.resolve() == checkpoint.parent.resolve()
     elif checkpoint and not resuming:
-        remedy = "start a branch with --run_dir NEW, or resume from last.ckpt"
+        remedy = "start a fork with --run_dir NEW, or resume from last.ckpt"
         raise UserError("a run resumes from last.ckpt only", option="ckpt_path", value=checkpoint, remedy=remedy)
     result = RunDir(checkpoint.parent if checkpoint and resuming else path or _new_path(model), resuming)
     if is_rank_zero():  # for others the directory may hold the run by now

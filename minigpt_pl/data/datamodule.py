@@ -104,6 +104,8 @@ class TextDataModule(LightningDataModule):
         """
         if self._text is None:
             path, cache, config = self.resolve_path(), cache_dir(), self.config
+            if self.checkpoint and not path.exists():
+                raise text_error(path, "the checkpoint's text is not there", "give its path with --data.path FILE")
             stats = read_stats(path, cache)
             if self.checkpoint and stats.sha256 != self.checkpoint["text_sha256"]:
                 problem = "it is not the text that the checkpoint was trained on"

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from minigpt_pl.checkpoint.io import BEST_CKPT, LAST_CKPT
 from minigpt_pl.runtime.atomic_io import CONFIG_FILE, atomic_write
@@ -53,10 +54,10 @@ class SaveConfig(Callback):
         checkpoint |= {"config": self.config, "wandb_id": self.wandb_id, "vocab_size": vocab_size}
 
 
-class BestCheckpoint(Checkpoint):
+class BestCheckpoint(ModelCheckpoint):
     """Keeps best.ckpt, the checkpoint with the lowest val/loss, the first one on ties.
 
-    Lightning's ModelCheckpoint stores paths: when the run directory has moved, it forgets its best score.
+    Lightning's state holds paths, and loses the best score when the run directory has moved; here it holds the metrics.
 
     Attributes:
         best: Step and metrics of the best evaluation, by their names in summary.json; None before the first.
@@ -65,14 +66,26 @@ class BestCheckpoint(Checkpoint):
     NO_EVAL = dict.fromkeys(("best_val", "best_step", "best_nats_per_char", "best_bits_per_byte"))
 
     def __init__(self, run_dir: str):
-        self.path = os.path.join(run_dir, BEST_CKPT)
+        name = BEST_CKPT.removesuffix(".ckpt")
+        super().__init__(run_dir, name, "val/loss", save_on_train_epoch_end=False, enable_version_counter=False)
+        self.path = self.format_checkpoint_name({})  # as Lightning spells it: it deletes a file with another name
         self.best: dict[str, Any] = self.NO_EVAL
+
+    on_train_batch_end = Callback.on_train_batch_end  # Lightning would save here too, before the evaluation
+
+    @property
+    def state_key(self) -> str:
+        return type(self).__name__
 
     def state_dict(self) -> dict[str, Any]:
         return self.best
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict
+        if (loss := state_dict["best_val"]) is not None:
+            self.best_model_path = self.kth_best_model_path = self.path
+            self.best_model_score = self.kth_value = torch.tensor(loss)
+            self.best_k_models = {self.path: self.best_model_score}
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         metrics = pl_module.eval_metrics
@@ -80,7 +93,7 @@ class BestCheckpoint(Checkpoint):
             names = ("val/loss", "val/nats_per_char", "val/bits_per_byte")
             loss, per_char, per_byte = (metrics[name] for name in names)
             self.best = dict(zip(self.NO_EVAL, (loss, trainer.global_step, per_char, per_byte), strict=True))
-            trainer.save_checkpoint(self.path)
+        super().on_validation_end(trainer, pl_module)  # saves, with `best` in the state
 
 
 class LastCheckpoint(Checkpoint):
