@@ -11,24 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from minigpt_pl.experiments import statistics
 from minigpt_pl.experiments.results import Result, TokenNLL, read_results, read_token_nll
 from minigpt_pl.experiments.spec import BASELINES_FILE, FAILED_FILE, STUDY_FILE, read_study
-from minigpt_pl.experiments.statistics import (
-    MIN_SEEDS_INTERVAL,
-    Interval,
-    PairwiseTest,
-    block_bootstrap,
-    compare,
-    conclude,
-    mean_ci,
-)
+from minigpt_pl.experiments.statistics import Interval, PairwiseTest
 from minigpt_pl.runtime.atomic_io import atomic_write
 from minigpt_pl.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
 class VariantResults:
-    """The results of one variant, by seed; [] and None if it was not run."""
+    """The results of one variant, by seed."""
 
     name: str
     results: list[Result]
@@ -41,34 +34,29 @@ class VariantResults:
 
     @property
     def mean(self) -> float:
-        return float(np.mean(list(self.losses.values())))
+        return float(np.mean([*self.losses.values()]))
 
     @cached_property
     def spread(self) -> tuple[Interval, float] | None:
-        """Mean with interval, and standard deviation; None with fewer than MIN_SEEDS_INTERVAL seeds."""
-        if len(self.losses) < MIN_SEEDS_INTERVAL:
+        """Mean with interval, and standard deviation; None with fewer than statistics.MIN_SEEDS_INTERVAL seeds."""
+        if len(self.losses) < statistics.MIN_SEEDS_INTERVAL:
             return None
-        interval, sd = mean_ci(list(self.losses.values()))
+        interval, sd = statistics.mean_ci([*self.losses.values()])
         return interval, float(sd)
 
     def summary_mean(self, name: str) -> float:
         """The mean over seeds of a number in the summaries."""
         return float(np.mean([result.summary[name] for result in self.results]))
 
-    @property
-    def minutes(self) -> float:
-        """Training time, the median over seeds: other programs may have slowed one of them."""
-        return float(np.median([result.minutes for result in self.results]))
-
-    @property
-    def characters(self) -> float:
-        """Characters trained on, with repetitions; a token counts as many as one of the validation split has."""
-        return self.summary_mean("tokens_seen") * self.token_nll.chars_per_token
-
-    @property
-    def flops(self) -> float:
-        """Of the whole training, the mean over seeds."""
-        return float(np.mean([r.summary["flops_per_token"] * r.summary["tokens_seen"] for r in self.results]))
+    @cached_property
+    def sizes(self) -> dict[str, float]:
+        """Parameters and training budget, means over seeds; a token has the mean length of validation tokens."""
+        return {
+            "total": self.summary_mean("params_total"),
+            "active": self.summary_mean("params_active"),
+            "characters": self.summary_mean("tokens_seen") * self.token_nll.chars_per_token,
+            "FLOPs": float(np.mean([r.summary["flops_per_token"] * r.summary["tokens_seen"] for r in self.results])),
+        }
 
     @property
     def sampling_error(self) -> float:
@@ -88,27 +76,22 @@ class VariantResults:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A named comparison of two variants: the first minus the second."""
+    """A named comparison: the first variant minus the second. A variant without results is None."""
 
-    pair: tuple[str, str]
+    name: str
+    first: VariantResults | None
+    second: VariantResults | None
     test: PairwiseTest
     over_text: Interval | None
     conclusion: str
     corrected_p: float
 
-    @property
-    def name(self) -> str:
-        return " - ".join(self.pair)
-
 
 class StudyAnalysis:
-    """All that the report of a study shows.
-
-    Args:
-        folder: docs/results/NAME, or another directory that `study` has written.
+    """All that the report of a study shows, from its results folder.
 
     Raises:
-        UserError: If it holds no complete results of its study.
+        UserError: If the folder holds no complete results of its study.
     """
 
     def __init__(self, folder: Path):
@@ -123,16 +106,13 @@ class StudyAnalysis:
             if set(group.token_nll.seeds.tolist()) != group.losses.keys():
                 problem = f"{folder} holds token losses of other seeds of {name} than results"
                 raise UserError(problem, remedy="run the study again, which completes them")
-        self.unnamed = sorted({result.name for result in results} - self.groups.keys())
-        """Variants that have results but are not in the study."""
-        self.failed: dict[str, str] = read_json(folder / FAILED_FILE)
-        """The reason of each run that failed and has no results since."""
+        self.unnamed = sorted({result.name for result in results} - self.groups.keys())  # not in the study
+        self.failed: dict[str, str] = read_json(folder / FAILED_FILE)  # reasons, by run
         first, stored = next(iter(self.groups.values())).results[0], read_json(folder / BASELINES_FILE)
         same_text = stored.get("data_sha256") == first.summary["data_sha256"] and all(
             stored[name] == first.config["data"][name] for name in ("train_frac", "test_frac")
         )
         self.baselines: dict[str, Any] = stored["baselines"] if same_text else {}
-        """Of the text of the first variant."""
 
     def ranked(self) -> list[VariantResults]:
         return sorted(self.groups.values(), key=lambda group: group.mean)
@@ -140,35 +120,27 @@ class StudyAnalysis:
     @cached_property
     def comparisons(self) -> list[Comparison]:
         """The named comparisons, in the study's order."""
-        names = self.study.comparisons
-        tests = [compare_seeds(self.groups.get(a), self.groups.get(b)) for a, b in names]
-        texts = [self.compare_text(pair, test) for pair, test in zip(names, tests, strict=True)]
-        return [
-            Comparison(pair, test, text, conclusion, corrected)
-            for pair, test, text, (conclusion, corrected) in zip(names, tests, texts, conclude(tests), strict=True)
-        ]
-
-    def compare_text(self, pair: tuple[str, str], test: PairwiseTest) -> Interval | None:
-        """The difference on the characters that both have scored, for the same seeds as in the test.
-
-        None if that is impossible: pairs need the same seeds on both sides, since only sums over seeds are stored.
-        """
-        if test.interval is None:
-            return None
-        one, other = (self.groups[name] for name in pair)
-        if test.is_paired and one.losses.keys() != other.losses.keys():
-            return None
-        a, b = one.token_nll.by_character(), other.token_nll.by_character()
-        length = min(len(a), len(b))
-        return block_bootstrap(a[:length] - b[:length])
+        pairs = [(self.groups.get(first), self.groups.get(second)) for first, second in self.study.comparisons]
+        tests = [compare_variants(*pair) for pair in pairs]
+        names, conclusions = map(" - ".join, self.study.comparisons), statistics.conclude([test for test, _ in tests])
+        rows = zip(names, pairs, tests, conclusions, strict=True)
+        return [Comparison(name, *pair, *test, *conclusion) for name, pair, test, conclusion in rows]
 
 
-def compare_seeds(a: VariantResults | None, b: VariantResults | None) -> PairwiseTest:
-    """The difference between two variants over seeds, in pairs if equal seeds gave them the same batches."""
+def compare_variants(a: VariantResults | None, b: VariantResults | None) -> tuple[PairwiseTest, Interval | None]:
+    """The difference between two variants over seeds, and of the same seeds over text.
+
+    The latter is None for pairs that lack a seed on one side, since only sums over seeds are stored.
+    """
     seeds = len(a.losses) if a else 0, len(b.losses) if b else 0
     if a is None or b is None or a.results[0].eval_protocol() != b.results[0].eval_protocol():
-        return PairwiseTest(False, seeds)
-    return compare(a.losses, b.losses, a.results[0].batch_protocol() == b.results[0].batch_protocol())
+        return PairwiseTest(False, seeds), None
+    test = statistics.compare(a.losses, b.losses, a.results[0].batch_protocol() == b.results[0].batch_protocol())
+    if test.interval is None or test.is_paired and a.losses.keys() != b.losses.keys():
+        return test, None
+    x, y = a.token_nll.by_character(), b.token_nll.by_character()
+    length = min(len(x), len(y))
+    return test, statistics.block_bootstrap(x[:length] - y[:length])
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,43 +9,37 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from jsonargparse import ArgumentParser
 
 from minigpt_pl.experiments.analysis import StudyAnalysis, VariantResults
 from minigpt_pl.experiments.results import Result
 from minigpt_pl.experiments.spec import STUDY_FILE
-from minigpt_pl.experiments.statistics import MIN_SEEDS_COMPARISON, MIN_SEEDS_INTERVAL, Interval
+from minigpt_pl.experiments.statistics import Interval
 from minigpt_pl.runtime.atomic_io import atomic_write
 from minigpt_pl.runtime.errors import UserError
 
 REPORT_FILE = "report.md"
-EQUAL_SIZE = 0.03
-"""Relative difference in parameters up to which two models count as equally large."""
-Columns = dict[str, Callable[[Any], Any]]
-"""The columns of a table: the head of each, and what it shows of the item in a row."""
+EQUAL_SIZE = 0.03  # relative difference in parameters up to which two models count as equally large
+Columns = dict[str, Callable[[Any], Any]]  # of a table: the head, and what it shows of the item in a row
 
 INTRODUCTION = """\
-Written by `python main.py report docs/results/{name}` from the files beside it. Each run's own command is below. It
-belongs to the run's commit: options may have other names since. `docs/study.md` explains the numbers.
+Written by `python main.py report docs/results/{name}` from the files beside it; `docs/study.md` explains the numbers.
+The command of each run is below. It belongs to the run's commit: options may have other names since.
 """
-RESULTS = f"""
+RESULTS = """
 ## Results
 
-Nats per character on the whole validation split, at the best evaluation of each run, mean over seeds. The best one was
-chosen on the same split. `sampled`: the SD that an evaluation on the run's `eval_iters` random batches would have.
-`total`, `active`: parameters. Then what one seed needed until it stopped: tokens, characters (tokens times their mean
-length), FLOPs and minutes (of training at the run's median speed, without evaluations; the median over seeds). `step`:
-of the best evaluation. SD and interval need {MIN_SEEDS_INTERVAL} seeds.
+Nats per character on the whole validation split at the best evaluation of each run (chosen on the same split), mean
+over seeds; total and active parameters; what one seed needed until it stopped; the step of the best evaluation.
 """
-DIFFERENCES = f"""
+DIFFERENCES = """
 ## Differences
 
-These comparisons were named before anything ran. Pairs of runs share their batches; other groups are compared by
-Welch's test. `over seeds`: 95 % interval for another training on this text; `over text`: for another text with these
-models. `corrected`: p after Holm's correction for all named comparisons. Both sides need {MIN_SEEDS_COMPARISON} seeds,
-else the conclusion is "cannot tell". The last columns are ratios: the first variant divided by the second.
+Named before anything ran. `over seeds`: 95 % interval for another training on this text; `over text`: for another text
+with these models; `corrected`: p after Holm's correction. The last columns: the first variant divided by the second.
 """
 
 
@@ -72,21 +66,6 @@ def format_p(p: float) -> str:
     return f"{p:.4f}" if p >= 0.00005 else "< 0.0001"
 
 
-def format_commit(commit: str) -> str:
-    number, _, dirty = commit.partition("-")
-    return f"{number[:8]}{dirty and ' and changes'}"
-
-
-def mean_of(name: str) -> Callable[[VariantResults], float]:
-    return lambda group: group.summary_mean(name)
-
-
-SIZES: dict[str, Callable[[VariantResults], float]] = {
-    "total": mean_of("params_total"),
-    "active": mean_of("params_active"),
-    "characters": lambda group: group.characters,
-    "FLOPs": lambda group: group.flops,
-}
 VARIANTS: Columns = {
     "run": lambda group: f"`{group.name}`",
     "seeds": lambda group: len(group.losses),
@@ -94,12 +73,12 @@ VARIANTS: Columns = {
     "SD": lambda group: f"{group.spread[1]:.4f}" if group.spread else "cannot tell",
     "95 % interval": lambda group: format_interval(group.spread[0] if group.spread else None),
     "sampled": lambda group: f"{group.sampling_error:.4f}",
-    "total": lambda group: f"{SIZES['total'](group):,.0f}",
-    "active": lambda group: f"{SIZES['active'](group):,.0f}",
+    "total": lambda group: f"{group.sizes['total']:,.0f}",
+    "active": lambda group: f"{group.sizes['active']:,.0f}",
     "tokens": lambda group: format_large(group.summary_mean("tokens_seen")),
-    "characters": lambda group: format_large(group.characters),
-    "FLOPs": lambda group: format_large(group.flops),
-    "minutes": lambda group: f"{group.minutes:.1f}",
+    "characters": lambda group: format_large(group.sizes["characters"]),
+    "FLOPs": lambda group: format_large(group.sizes["FLOPs"]),
+    "minutes": lambda group: f"{np.median([result.minutes for result in group.results]):.1f}",
     "step": lambda group: f"{group.summary_mean('best_step'):.0f}",
 }
 COMPARISONS: Columns = {
@@ -113,6 +92,7 @@ COMPARISONS: Columns = {
     "over text": lambda one: format_interval(one.over_text, "+"),
     "conclusion": lambda one: f"**{one.conclusion}**",
 }
+OVERVIEW = ("run", "seeds", "nats/char", "SD", "95 % interval", "difference", "mean", "over seeds", "conclusion")
 RUNS: Columns = {
     "run": lambda result: f"`{result}`",
     "nats/char": lambda result: f"{result.summary['best_nats_per_char']:.4f}",
@@ -120,38 +100,42 @@ RUNS: Columns = {
     "steps": lambda result: result.summary["total_steps"],
     "stopped": lambda result: result.summary["stop_reason"],
     "minutes": lambda result: f"{result.minutes:.2f}",
-    "commit": lambda result: format_commit(result.summary["git_commit"] or ""),
+    "commit": lambda result: f"{(x := result.summary['git_commit'] or '')[:8]}{' and changes' * ('-' in x)}",
     "command": lambda result: f"`{result.command}`",
 }
 
 
-def ratios(get_pair: Callable[[Any], tuple[VariantResults | None, VariantResults | None]]) -> Columns:
-    """Columns of sizes and training budgets: the first variant divided by the second."""
-
-    def cell(item: Any, size: Callable[[VariantResults], float]) -> str:
-        a, b = get_pair(item)
-        return f"{size(a) / size(b):.2f}" if a and b else ""
-
-    return {name: partial(cell, size=size) for name, size in SIZES.items()}
+def ratio(pair: Any, size: str) -> str:
+    """A size or training budget of the pair's first variant divided by that of the second."""
+    return f"{pair.first.sizes[size] / pair.second.sizes[size]:.2f}" if pair.first and pair.second else ""
 
 
-def experts_table(study: StudyAnalysis) -> Iterator[str]:
-    """Each mixture of experts beside the dense models of its size, by either count, whatever their budget."""
-    rows: list[tuple[VariantResults, str, VariantResults | None]] = []
+RATIOS: Columns = {size: partial(ratio, size=size) for size in ("total", "active", "characters", "FLOPs")}
+
+
+# A mixture of experts and a dense model of equal size, if there is one.
+class Match(NamedTuple):
+    first: VariantResults
+    size: str
+    second: VariantResults | None
+
+
+MATCHES: Columns = {
+    "experts": lambda match: f"`{match.first.name}`",
+    "nats/char": lambda match: f"{match.first.mean:.4f}",
+    "equal in": lambda match: f"{match.size} parameters",
+    "dense": lambda match: f"`{match.second.name}`" if match.second else "not run",
+    "its nats/char": lambda match: f"{match.second.mean:.4f}" if match.second else "",
+}
+
+
+def matches(study: StudyAnalysis) -> Iterator[Match]:
+    """Each mixture of experts with all dense models of its size, by either count, whatever their budget."""
     for moe in (group for group in study.ranked() if group.has_experts):
         dense = [one for one in study.ranked() if not one.has_experts and one.tokenizer == moe.tokenizer]
-        for count in ("active", "total"):
-            size = SIZES[count]
-            equal = [one for one in dense if abs(size(one) / size(moe) - 1) <= EQUAL_SIZE]
-            rows += [(moe, count, one) for one in equal] or [(moe, count, None)]
-    columns: Columns = {
-        "experts": lambda row: f"`{row[0].name}`",
-        "nats/char": lambda row: f"{row[0].mean:.4f}",
-        "equal in": lambda row: f"{row[1]} parameters",
-        "dense": lambda row: f"`{row[2].name}`" if row[2] else "not run",
-        "its nats/char": lambda row: f"{row[2].mean:.4f}" if row[2] else "",
-    }
-    return render_table(columns | ratios(lambda row: (row[0], row[2])), rows)
+        for size in ("active", "total"):
+            equal = [one for one in dense if abs(one.sizes[size] / moe.sizes[size] - 1) <= EQUAL_SIZE]
+            yield from [Match(moe, size, one) for one in equal] or [Match(moe, size, None)]
 
 
 def samples(study: StudyAnalysis) -> Iterator[str]:
@@ -191,10 +175,9 @@ def render_report(study: StudyAnalysis, plots: Iterable[str]) -> str:
         values = ", ".join(f"{name} {values['nats_per_char']:.4f}" for name, values in study.baselines.items())
         lines.append(f"\nBaselines: {values}.")
     if study.comparisons:
-        columns = COMPARISONS | ratios(lambda one: (study.groups.get(one.pair[0]), study.groups.get(one.pair[1])))
-        lines += [DIFFERENCES, *render_table(columns, study.comparisons)]
-    if any(group.has_experts for group in study.groups.values()):
-        lines += ["\n## Experts and dense models of equal size\n", *experts_table(study)]
+        lines += [DIFFERENCES, *render_table(COMPARISONS | RATIOS, study.comparisons)]
+    if experts := [*matches(study)]:
+        lines += ["\n## Experts and dense models of equal size\n", *render_table(MATCHES | RATIOS, experts)]
     lines += [f"\n![{Path(plot).stem}]({plot})" for plot in plots]
     lines += ["\n## Samples\n", *samples(study), "\n## All runs\n", *render_table(RUNS, results)]
     return "\n".join(lines) + "\n"
@@ -203,13 +186,9 @@ def render_report(study: StudyAnalysis, plots: Iterable[str]) -> str:
 def overview(study: StudyAnalysis) -> str:
     """The most important columns for a terminal."""
     lines = []
-    for columns, items in (
-        ([*VARIANTS.items()][:5], study.ranked()),
-        ([*COMPARISONS.items()][:4] + [*COMPARISONS.items()][-1:], study.comparisons),
-    ):
-        rows = [[head for head, _ in columns]] + [
-            [str(cell(item)).strip("`*") for _, cell in columns] for item in items
-        ]
+    for columns, items in ((VARIANTS, study.ranked()), (COMPARISONS, study.comparisons)):
+        shown = {head: cell for head, cell in columns.items() if head in OVERVIEW}
+        rows = [[*shown], *([str(cell(item)).strip("`*") for cell in shown.values()] for item in items)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows if items] + [""]
     return "\n".join(lines).strip()
@@ -221,9 +200,8 @@ def run(command: str, options: list[str]) -> int:
     parser.add_argument("folder", type=str, help="A results folder, such as docs/results/journey.")
     folder = Path(parser.parse_args(options).folder)
     if not (folder / STUDY_FILE).is_file():
-        raise UserError(
-            f"report {folder}: it holds no {STUDY_FILE}", remedy="name a folder that minigpt study has written"
-        )
+        remedy = "name a folder that minigpt study has written"
+        raise UserError(f"report {folder}: it holds no {STUDY_FILE}", remedy=remedy)
     for module in ("scipy", "matplotlib"):
         if find_spec(module) is None:
             raise UserError(f"a report needs {module}", remedy='pip install "minigpt_pl[study]"')

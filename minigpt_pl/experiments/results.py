@@ -13,6 +13,7 @@ deviation over its windows, stands in the summary of the run (`window_sd`).
 import csv
 import io
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -34,8 +35,7 @@ from minigpt_pl.runtime.atomic_io import METRICS_FILE, SUMMARY_FILE, atomic_writ
 from minigpt_pl.training.lit_modules import from_checkpoint
 
 RUNS_FILE, TOKEN_NLL_FILE = "runs.jsonl", "token_nll.npz"
-MAX_SCORED_TOKENS = 60_000
-"""A larger validation split is scored in evenly spaced windows."""
+MAX_SCORED_TOKENS = 60_000  # a larger validation split is scored in evenly spaced windows
 MAX_STORED_EVALS = 200
 SAMPLING = SamplingConfig(max_new_tokens=300, temperature=0.8)
 
@@ -102,23 +102,17 @@ class TokenNLL:
 class Result:
     """One run: a line of runs.jsonl, and its rows of metrics.csv."""
 
-    name: str
-    """Of the variant."""
+    name: str  # of the variant
     seed: int
     command: str
     machine: str
     config: dict[str, Any]
     summary: dict[str, Any]
-    sample: str
-    """Text that the best model writes."""
+    sample: str  # text that the best model writes
     rows: list[dict[str, str]] = field(repr=False)
 
     def __str__(self) -> str:
         return f"{self.name}-{self.seed}"
-
-    @property
-    def block_size(self) -> int:
-        return int(self.config["model"]["init_args"]["block_size"])
 
     @property
     def minutes(self) -> float:
@@ -143,24 +137,16 @@ class Result:
         """What determines, with the seed, the batches of a run: equal seeds are pairs only if this is equal."""
         data = {"sampling": "random", "token_noise": 0.0} | self.config["data"]  # older results lack these two
         names = ("train_frac", "batch_size", "sampling", "token_noise")
-        return (
-            self.summary["data_sha256"],
-            self.summary["tokenizer_sha256"],
-            self.block_size,
-            self.config["trainer"]["accumulate_grad_batches"],
-            *(data[name] for name in names),
-        )
+        hashes = self.summary["data_sha256"], self.summary["tokenizer_sha256"]
+        model, trainer = self.config["model"]["init_args"], self.config["trainer"]
+        return *hashes, model["block_size"], trainer["accumulate_grad_batches"], *(data[name] for name in names)
 
 
 # Measuring a run that has ended.
 
 
 def measure(run_dir: Path, name: str, seed: int, command: str, machine: str) -> tuple[Result, TokenNLL]:
-    """Evaluates the best checkpoint of a run.
-
-    Raises:
-        UserError: If there is no best.ckpt, or its text has changed or is gone.
-    """
+    """Evaluates the best checkpoint of a run; UserError if there is none, or its text has changed or is gone."""
     checkpoint = read_checkpoint(run_dir / BEST_CKPT)
     net, data = from_checkpoint(checkpoint).net, datamodule_of(checkpoint["config"])
     data.load_state_dict(checkpoint["TextDataModule"])  # its tokenizer, and the hash of its text
@@ -199,8 +185,8 @@ def subsample_metrics(metrics: str) -> list[dict[str, str]]:
     """The rows of metrics.csv at (at most MAX_STORED_EVALS) steps with an evaluation, with six digits."""
     rows = list(csv.DictReader(io.StringIO(metrics)))
     steps = list(dict.fromkeys(row["step"] for row in rows if row["split"] == "val"))
-    indices = np.linspace(0, len(steps) - 1, min(len(steps), MAX_STORED_EVALS)).round().astype(int)
-    selected = {steps[index] for index in indices}
+    stride = max(1, math.ceil(len(steps) / MAX_STORED_EVALS))
+    selected = set(steps[::-stride])  # with the last one
     return [
         {name: f"{float(value):.6g}" if "." in value else value for name, value in row.items() if value}
         for row in rows
@@ -214,10 +200,7 @@ def strip_paths(text: str) -> str:
 
 
 def run_differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """The options that make two configurations different runs, a line each.
-
-    W&B does not change a run, and a text is identified by its hash, not its path.
-    """
+    """The options that make two configurations different runs, a line each; W&B and the text's path do not."""
     for full_name, old, new in config_diff(before, now):
         name = option_name(full_name)
         if not (name == "data.path" or name.startswith("wandb")):
@@ -236,20 +219,17 @@ def read_results(folder: Path) -> list[Result]:
         for row in csv.DictReader(file):
             rows[row.pop("name"), int(row.pop("seed"))].append({name: value for name, value in row.items() if value})
     runs = [json.loads(line) for line in (folder / RUNS_FILE).read_text("utf-8").splitlines()]
-    results = [Result(**run, rows=rows[run["name"], run["seed"]]) for run in runs]
-    return sorted(results, key=lambda result: (result.name, result.seed))
+    return [Result(**run, rows=rows[run["name"], run["seed"]]) for run in runs]
 
 
 def read_token_nll(folder: Path) -> dict[str, TokenNLL]:
     """The token losses of each variant; {} if there are none."""
     if not (folder / TOKEN_NLL_FILE).is_file():
         return {}
+    parts = [part.name for part in fields(TokenNLL)]
     with np.load(folder / TOKEN_NLL_FILE) as file:
-        arrays: dict[str, dict[str, Any]] = defaultdict(dict)
-        for key, values in file.items():
-            name, _, part = key.rpartition("/")
-            arrays[name][part] = values
-    return {name: TokenNLL(**{**parts, "window": int(parts["window"])}) for name, parts in arrays.items()}
+        names = {key.rpartition("/")[0] for key in file}
+        return {name: TokenNLL(*(file[f"{name}/{part}"][()] for part in parts)) for name in names}  # [()]: a number
 
 
 def add_result(folder: Path, result: Result, nll: TokenNLL) -> None:

@@ -33,18 +33,11 @@ REPORT_INTERVAL = 300.0  # seconds without other output after which the progress
 
 
 class Runner:
-    """Executes runs, several at a time.
-
-    Args:
-        runs: In order of execution.
-        jobs: Processes at a time; they share the cores.
-        store: Stores the result of a run that has ended, and returns it. It is called in the main thread.
-    """
+    """Executes runs in their order, `jobs` at a time. `store` stores the result of a run that has ended."""
 
     def __init__(self, runs: list[spec.Run], jobs: int, store: Callable[[spec.Run], Result]):
         self.runs, self.jobs, self.store = runs, jobs, store
-        self.failed: dict[str, tuple[int, str]] = {}
-        """Exit status and reason of each run that failed."""
+        self.failed: dict[str, tuple[int, str]] = {}  # exit status and reason
         self.remaining = list(runs)
         self.processes: dict[spec.Run, subprocess.Popen[bytes]] = {}
         self.began = self.printed = time.monotonic()
@@ -120,9 +113,9 @@ class Runner:
         self.printed, time_left = time.monotonic(), ""
         if self.remaining:
             done = sum(run.steps() for run in self.runs) - self.steps_before
-            left = sum(run.max_steps - run.steps() for run in self.remaining)
-            seconds = (self.printed - self.began) / done * left if done > 0 else None
-            time_left = f"; about {format_duration(seconds)} left" if seconds is not None else "; time left unknown"
+            left = sum(run.config["trainer"]["max_steps"] - run.steps() for run in self.remaining)
+            pace = (self.printed - self.began) / done if done > 0 else None  # seconds per step
+            time_left = f"; about {format_duration(pace * left)} left" if pace else "; time left unknown"
         print_line(f"[{len(self.runs) - len(self.remaining)}/{len(self.runs)}] {message}{time_left}")
 
 
@@ -166,7 +159,7 @@ def build_parser(command: str) -> ArgumentParser:
 def run(command: str, options: list[str]) -> int:
     """Runs or resumes a study, and prints its results so far; returns the exit status."""
     args = build_parser(command).parse_args(options)
-    for name, value in (("seeds", args.seeds), ("jobs", args.jobs)):
+    for name, value in (("jobs", args.jobs), ("seeds", args.seeds)):
         if value is not None and value < 1:
             raise UserError("it must be at least 1", option=f"--{name}", value=value)
     silence_libraries()

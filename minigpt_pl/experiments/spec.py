@@ -31,9 +31,9 @@ RESERVED_OPTIONS = ("run_dir", "ckpt_path", "seed_everything")
 
 @dataclass(frozen=True)
 class Variant:
-    """An entry of a study file's `runs`: the arguments of `fit`, and the first seed."""
+    """An entry of a study file's `runs`."""
 
-    args: list[str]
+    args: list[str]  # of `fit`
     first_seed: int
 
 
@@ -44,10 +44,8 @@ class Study:
     name: str
     content: dict[str, Any]
     variants: dict[str, Variant]
-    comparisons: list[tuple[str, str]]
-    """The first minus the second of each pair; named before anything runs."""
-    seeds: int | None
-    """Of each variant; None for the default."""
+    comparisons: list[tuple[str, str]]  # the first minus the second of each pair
+    seeds: int | None  # of each variant; None for the default
 
     def seeds_of(self, name: str) -> int:
         is_compared = any(name in pair for pair in self.comparisons)
@@ -67,11 +65,7 @@ def find_study(name: str) -> Path:
 
 
 def read_study(path: Path) -> Study:
-    """Reads a study file.
-
-    Raises:
-        UserError: If it is not a study.
-    """
+    """Reads a study file; UserError if it is not a study."""
 
     def refuse(problem: str) -> NoReturn:
         raise UserError(f"study {path}: {problem}")
@@ -115,28 +109,23 @@ def read_study(path: Path) -> Study:
     return Study(path.stem, content, variants, comparisons, seeds)
 
 
+class _Resolved(Exception):
+    """Leaves LightningCLI with a configuration, before anything is built."""
+
+
 class DryRunCLI(MiniGPTCLI):
-    """Resolves the configuration of a `fit`, and stops before anything is built."""
-
-    class Resolved(Exception):
-        """Leaves LightningCLI."""
-
     def instantiate_classes(self) -> None:
-        raise self.Resolved(self.resolved)
+        raise _Resolved(self.resolved)
 
 
 def resolve_config(args: list[str]) -> dict[str, Any]:
-    """The whole configuration that `fit` would have with these arguments.
-
-    Raises:
-        UserError: If `fit` would refuse them, or one of them is decided by the study.
-    """
+    """The whole configuration of `fit` with these arguments; UserError if `fit`, or a study, refuses one of them."""
     for option in user_options(resolve_config_names(args)):
         if option.name in RESERVED_OPTIONS and not option.file:
             raise UserError(f"{option}: the study decides it", remedy="remove the option")
     try:
         DryRunCLI("fit", args)
-    except DryRunCLI.Resolved as resolved:
+    except _Resolved as resolved:
         config: dict[str, Any] = resolved.args[0]
         return config
     raise AssertionError("a dry run started a fit")
@@ -146,32 +135,29 @@ def resolve_config(args: list[str]) -> dict[str, Any]:
 class Run:
     """A variant with one seed: arguments of `fit`, and the configuration that they resolve to."""
 
-    name: str
-    """Of the variant."""
+    name: str  # of the variant
     seed: int
     args: list[str]
     config: dict[str, Any]
     data_sha256: str
     run_dir: Path
-    group: str
-    """In W&B."""
+    group: str  # in W&B
 
     def __str__(self) -> str:
         return f"{self.name}-{self.seed}"
 
     def check(self, result: Result | None) -> None:
         """Raises UserError if the stored result, or else the run directory, is of another configuration or text."""
+        path, problems = self.run_dir / CONFIG_FILE, list[str]()
         if result:
-            earlier, same_text = result.config, result.summary["data_sha256"] == self.data_sha256
-            place, remedy = "the results hold", "use another name for this run, or another --out"
-        elif (path := self.run_dir / CONFIG_FILE).is_file():
-            earlier, same_text = yaml.safe_load(path.read_text("utf-8")), True
-            place, remedy = f"{self.run_dir} holds", "give another --run_dir, or remove that directory"
-        else:
-            return
-        if problems := [*run_differences(earlier, self.config), *([] if same_text else ["the text differs"])]:
-            problem = f"{place} {self} with another configuration ({'; '.join(problems)})"
-            raise UserError(problem, remedy=remedy)
+            problems += run_differences(result.config, self.config)
+            problems += ["the text differs"] if result.summary["data_sha256"] != self.data_sha256 else []
+        elif path.is_file():
+            problems += run_differences(yaml.safe_load(path.read_text("utf-8")), self.config)
+        if problems:
+            problem = f"{'the results hold' if result else f'{self.run_dir} holds'} {self} with another configuration"
+            remedy = "use another name for the run, another --out or another --run_dir"
+            raise UserError(f"{problem} ({'; '.join(problems)})", remedy=remedy)
 
     def has_ended(self) -> bool:
         """Whether the training is complete. Its results may not be stored yet."""
@@ -190,10 +176,6 @@ class Run:
             return ["--run_dir", str(self.run_dir), "--ckpt_path", "last"]
         wandb = ["--wandb.group", self.group, "--wandb.job_type", "study"] if self.config["wandb"] else []
         return [*self.args, "--seed_everything", str(self.seed), *wandb, "--run_dir", str(self.run_dir)]
-
-    @property
-    def max_steps(self) -> int:
-        return int(self.config["trainer"]["max_steps"])
 
     def steps(self) -> int:
         """Steps done so far, as logged in metrics.csv."""
@@ -222,18 +204,12 @@ def plan(study: Study, out: Path, run_dir: Path, seeds: int | None, only: list[s
 
 
 def save_study(study: Study, out: Path) -> None:
-    """Copies the study file to its results.
-
-    Raises:
-        UserError: If there are results already and the study named other comparisons before them.
-    """
+    """Copies the study file to its results. Its comparisons must be those that it named before the first result."""
     path = out / STUDY_FILE
-    if path.is_file() and (out / RUNS_FILE).is_file():
-        earlier = read_study(path).comparisons
-        if earlier != study.comparisons:
-            names = "; ".join(" - ".join(pair) for pair in earlier) or "none"
-            problem = f"{path} named other comparisons before anything ran ({names})"
-            raise UserError(problem, remedy="keep these comparisons, or give another --out")
+    before = read_study(path).comparisons if path.is_file() and (out / RUNS_FILE).is_file() else study.comparisons
+    if before != study.comparisons:
+        problem = f"{path} named other comparisons before anything ran ({'; '.join(map(' - '.join, before)) or 'none'})"
+        raise UserError(problem, remedy="keep these comparisons, or give another --out")
     out.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(study.content, sort_keys=False, allow_unicode=True, width=110)
     atomic_write(path, strip_paths(text).encode())

@@ -12,18 +12,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-LEVEL = 0.95
-"""Of every interval; a p-value below 1 - LEVEL counts as a difference."""
+Values = NDArray[np.float64]
+LEVEL = 0.95  # of every interval; a p-value below 1 - LEVEL counts as a difference
 MIN_SEEDS_INTERVAL = 3
-MIN_SEEDS_COMPARISON = 8
-"""With fewer seeds, sign flips cannot reach 1 - LEVEL after Holm's correction for MAX_COMPARISONS."""
+MIN_SEEDS_COMPARISON = 8  # with fewer, sign flips cannot reach 1 - LEVEL after Holm's correction for MAX_COMPARISONS
 MAX_COMPARISONS = 6
 MAX_SIGN_FLIPS = 16
-BLOCK_CHARACTERS = 500
-"""Characters of text that stay together in the bootstrap: neighbouring characters are similarly hard to predict."""
+BLOCK_CHARACTERS = 500  # stay together in the bootstrap: neighbouring characters are similarly hard to predict
 MIN_BLOCKS = 10
-
-Values = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
@@ -47,10 +43,7 @@ def mean_ci(values: ArrayLike) -> tuple[Interval, Values]:
 def t_test(a: ArrayLike, b: ArrayLike, paired: bool) -> tuple[Interval, Values]:
     """The difference of the means of a (..., n) and b (..., m) with its t interval, and the two-sided p-value.
 
-    Args:
-        a: Values of the first group.
-        b: Values of the second group.
-        paired: Whether a[..., i] and b[..., i] belong together (n = m); else it is Welch's test (Biometrika 34, 1947).
+    If they are paired, a[..., i] and b[..., i] belong together; else it is Welch's test (Biometrika 34, 1947).
     """
     from scipy import stats
 
@@ -82,15 +75,10 @@ def sign_flip(differences: ArrayLike) -> tuple[float, float]:
 
 
 def block_bootstrap(values: Values, block: int = BLOCK_CHARACTERS, draws: int = 5000, seed: int = 0) -> Interval | None:
-    """The mean of values along a text, with the interval for other texts of this length and kind.
+    """The mean of values along a text (n,), nan where there is none, with the interval for other texts of this kind.
 
-    None for a text of fewer than MIN_BLOCKS blocks, which is too short for an interval.
-
-    Args:
-        values: One for each character (n,), in order; nan where there is none.
-        block: Neighbours that are drawn together, from a circle (Politis & Romano 1992).
-        draws: Texts that are drawn.
-        seed: Of the draws.
+    `block` neighbours are drawn together, from a circle (Politis & Romano 1992). None for a text of fewer than
+    MIN_BLOCKS blocks, which is too short for an interval.
     """
     known = values[~np.isnan(values)].astype(float)
     n = len(known)
@@ -109,14 +97,10 @@ class PairwiseTest:
     """One variant minus another, over their seeds."""
 
     is_paired: bool
-    seeds: tuple[int, int]
-    """How many seeds of each are compared."""
-    interval: Interval | None = None
-    """None if one of them has fewer than two seeds."""
-    p: float = 1.0
-    """Of the t test."""
-    flips: tuple[float, float] | None = None
-    """`sign_flip`, for pairs."""
+    seeds: tuple[int, int]  # how many of each are compared
+    interval: Interval | None = None  # None if one of them has fewer than two seeds
+    p: float = 1.0  # of the t test
+    flips: tuple[float, float] | None = None  # `sign_flip`, for pairs
 
     @property
     def has_enough(self) -> bool:
@@ -124,10 +108,7 @@ class PairwiseTest:
 
 
 def compare(a: Mapping[int, float], b: Mapping[int, float], equal_batches: bool) -> PairwiseTest:
-    """Compares the losses of two variants, each by seed.
-
-    `equal_batches`: whether a seed gives both variants the same batches. Only then are equal seeds pairs.
-    """
+    """Compares the losses of two variants by seed; equal seeds are pairs if they give both the same batches."""
     common = sorted(a.keys() & b.keys())
     paired = equal_batches and len(common) > 1
     one, other = ([x[seed] for seed in common] if paired else list(x.values()) for x in (a, b))

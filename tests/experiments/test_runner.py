@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import yaml
 from conftest import PROJECT, Outcome
 from support.runs import differences
 
-from minigpt_pl.experiments import results, runner
+from minigpt_pl.experiments import results, runner, spec
 from minigpt_pl.experiments.runner import threads_of
 from minigpt_pl.experiments.spec import Study, find_study, plan, read_study, resolve_config
 from minigpt_pl.experiments.statistics import MIN_SEEDS_COMPARISON
@@ -52,7 +53,11 @@ def planned(path: Path, seeds: int | None = None, only: tuple[str, ...] = ()) ->
 # The file and its plan.
 
 
-def test_first_seeds_come_first_and_named_comparisons_get_more(directory: Path) -> None:
+def test_first_seeds_come_first_and_named_comparisons_get_more(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve = cache(lambda *args: resolve_config([*args]))
+    monkeypatch.setattr(spec, "resolve_config", lambda args: resolve(*args))
     path = write(runs={"a": "", "b": "--model.n_layer 1", "c": {"fit": "", "first_seed": 9}}, comparisons=["b - a"])
     assert planned(path, seeds=2) == ["a-1337", "b-1337", "c-9", "a-1338", "b-1338", "c-10"]
     assert planned(path, seeds=1, only=("c", "a", "c")) == ["c-9", "a-1337"]
@@ -100,6 +105,12 @@ def test_a_directory_that_is_a_file_is_refused(directory: Path, minigpt: MiniGPT
     assert done.status == 2
     assert done.err.splitlines()[-1].startswith("error: file")
     assert Path("file").read_text() == "here"
+
+
+@pytest.mark.parametrize("option", ["--jobs", "--seeds"])
+def test_a_number_below_one_is_refused(minigpt: MiniGPT, option: str) -> None:
+    done = minigpt("study", "ablations", option, 0)
+    assert (done.status, done.err) == (2, f"error: {option} 0: it must be at least 1\n")
 
 
 @pytest.mark.parametrize(
@@ -291,7 +302,7 @@ def test_a_run_that_diverges_is_reported_and_the_others_continue(directory: Path
 
 @pytest.mark.slow
 def test_a_stopped_study_resumes_bit_exactly(directory: Path, minigpt: MiniGPT) -> None:
-    steps = "--trainer.max_steps 1500 --data.eval_every 500 --checkpoint.every_n_train_steps 1000"
+    steps = "--trainer.max_steps 600 --data.eval_every 200 --checkpoint.every_n_train_steps 400"
     path = write(runs={"a": steps, "b": steps, "c": steps}, seeds=1)
     env = os.environ | {"PYTHONPATH": str(PROJECT)}
     command = [sys.executable, "-m", "minigpt_pl", "study", str(path), "--jobs", "2"]
@@ -307,7 +318,7 @@ def test_a_stopped_study_resumes_bit_exactly(directory: Path, minigpt: MiniGPT) 
     assert "the same command resumes the study: minigpt study trial.yaml --jobs 2" in out
     for run_dir in run_dirs:
         assert json.loads((run_dir / "summary.json").read_text())["stop_reason"] == "interrupted"
-        assert json.loads((run_dir / "summary.json").read_text())["total_steps"] < 1500
+        assert json.loads((run_dir / "summary.json").read_text())["total_steps"] < 600
     assert not Path("runs/trial/c-1337").exists()  # no run starts after the signal
     assert results.read_results(OUT) == []
     done = subprocess.run([*command, "--only", "a", "b"], env=env, capture_output=True, text=True)
