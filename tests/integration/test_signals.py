@@ -122,7 +122,7 @@ def test_the_harness_finds_a_checkpoint_written_in_place(expected: Any, tmp_path
     landed = process.send("SIGKILL")
     assert landed.place == "write"
     (fault,) = faults(landed, tmp_path / "run")
-    assert "last.ckpt is not a whole checkpoint" in fault
+    assert "last.ckpt: the file is not a complete checkpoint" in fault
 
 
 @pytest.mark.slow

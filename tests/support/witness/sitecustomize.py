@@ -46,10 +46,10 @@ def in_checkpoint(module):
 
         def save_checkpoint(self, checkpoint, path, storage_options=None):
             checkpoint["digest"] = module.tensor_digest(checkpoint)
-            open(f"{path}.writing", "w").close()
             with open(path, "wb") as file:
                 file.write(b"x")
                 file.flush()
+                open(f"{path}.writing", "w").close()
                 time.sleep(0.5)  # long enough for a signal to arrive, on any machine
                 file.seek(0)
                 torch.save(checkpoint, file)
