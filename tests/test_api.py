@@ -88,9 +88,7 @@ def test_five_lines_are_enough(best: Path, capsys: pytest.CaptureFixture[str]) -
     """The example of the module's docstring, as it stands."""
     example = "\n".join(line[4:] for line in (minigpt_pl.api.__doc__ or "").splitlines() if line.startswith("    "))
     assert len([line for line in example.splitlines() if line]) <= 5
-    exec(
-        example.replace("runs/first/best.ckpt", str(best)).replace("Hello, world.", "the sea").replace("Hello", "the")
-    )
+    exec(example.replace("runs/first/best.ckpt", str(best)).replace("Hello, world.", "the sea").replace("Hello", "the"))
     *text, nats = capsys.readouterr().out.splitlines()
     assert text
     assert float(nats) > 0

@@ -21,6 +21,7 @@ from minigpt_pl.checkpoint.io import BEST_CKPT, AtomicCheckpointIO, read_checkpo
 from minigpt_pl.checkpoint.run_dir import find_checkpoint, resolve_run_dir
 from minigpt_pl.checkpoint.validation import validate_config, validate_sizes
 from minigpt_pl.cli import errors, help, options
+from minigpt_pl.cli.prompts import PredictConfig, encode_prompts
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.generation.generate import SamplingConfig
 from minigpt_pl.runtime import signals
@@ -123,7 +124,7 @@ class MiniGPTCLI(LightningCLI):
             parser.add_argument("--samples", type=sampling.SampleCallback | None, default=None)
             parser.add_argument("--wandb", type=WandbConfig | None, default=WandbConfig())
         if self.command == "predict":
-            parser.add_class_arguments(sampling.PredictConfig, "sample")
+            parser.add_class_arguments(PredictConfig, "sample")
 
     # From the command line to a configuration.
 
@@ -244,7 +245,7 @@ class MiniGPTCLI(LightningCLI):
             raise UserError("the text has no test split", option="data.test_frac", value=0, remedy=remedy)
         if self.command == "predict":
             data, self.model.sampling = self.datamodule, init.sample
-            data.prompts = sampling.encode_prompts(init.sample, data.tokenizer)
+            data.prompts = encode_prompts(init.sample, data.tokenizer)
             for number, length in enumerate(map(len, data.prompts), 1):
                 if length > (limit := data.config.block_size):
                     self.notes.append(f"prompt {number} has {length} tokens: the model reads the last {limit}")

@@ -17,13 +17,14 @@ import docstring_parser
 import yaml
 from lightning.pytorch import Trainer
 
+from minigpt_pl.cli.prompts import PredictConfig
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.runtime.ranges import PositiveFloat, PositiveInt, Seed
 from minigpt_pl.training.checkpointing import CheckpointConfig
 from minigpt_pl.training.lit_modules import AblationLM, ClassicLM, ModernLM
 from minigpt_pl.training.loggers import WandbConfig
-from minigpt_pl.training.sampling import PredictConfig, SampleCallback
+from minigpt_pl.training.sampling import SampleCallback
 from minigpt_pl.training.stopping import ValLossEarlyStopping
 
 HOME = Path(__file__).parents[1] / "shipped"

@@ -54,8 +54,8 @@ class FitRunner:
         self.run_dir, self.resuming, self.start, self.checkpoint = run_dir, resuming, start, checkpoint
         self.config, self.init = config, init
         self.wandb_id = checkpoint["wandb_id"] if resuming else new_run_id()
-        self.branching = bool(checkpoint) and not resuming
-        parent = (str(start), checkpoint["global_step"]) if self.branching else (None, None)
+        self.forking = bool(checkpoint) and not resuming
+        parent = (str(start), checkpoint["global_step"]) if self.forking else (None, None)
         self.summary = RunSummary(config, *parent)
         max_time = init.trainer.max_time
         seconds = None if max_time is None else Timer(max_time).time_remaining()  # it parses DD:HH:MM:SS
@@ -87,10 +87,10 @@ class FitRunner:
         """Trains. Nothing is written before.
 
         Raises:
-            UserError: If a branch has nothing left to train, a file cannot be written, or Lightning refuses an option.
+            UserError: If a fork has nothing left to train, a file cannot be written, or Lightning refuses an option.
         """
         step = self.checkpoint.get("global_step", 0)
-        if self.branching and step >= trainer.max_steps:
+        if self.forking and step >= trainer.max_steps:
             problem = f"it has done all of trainer.max_steps {trainer.max_steps} already"
             remedy = "use a larger --trainer.max_steps"
             raise UserError(problem, option="ckpt_path", value=self.start, remedy=remedy)

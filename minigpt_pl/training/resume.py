@@ -57,14 +57,14 @@ def resume_state(
 
     Args:
         checkpoint: As read.
-        resuming: Whether the same run continues; otherwise a branch starts.
+        resuming: Whether the same run continues; otherwise a fork starts.
         trainer: The new trainer.
         config: The new configuration.
         text_sha256: The hash of the text.
     """
     steps, old_data = checkpoint["global_step"], checkpoint["config"]["data"]
     states = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
-    if not resuming:  # a branch counts its own evaluations, but its weights have seen the parent's tokens
+    if not resuming:  # a fork counts its own evaluations, but its weights have seen the parent's tokens
         states = {"TrainMetrics"}
     callbacks = {name: state for name, state in checkpoint["callbacks"].items() if name in states}
     if resuming and drops_last_eval(checkpoint, trainer.max_steps):

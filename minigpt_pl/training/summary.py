@@ -59,7 +59,7 @@ class RunSummary(Callback):
 
     Args:
         config: The whole resolved configuration.
-        parent: The checkpoint that a branch starts from, or None.
+        parent: The checkpoint that a fork starts from, or None.
         parent_step: Its step.
     """
 

@@ -1,4 +1,4 @@
-"""A run's directory: which one is chosen, which are refused, the lock, and branches."""
+"""A run's directory: which one is chosen, which are refused, the lock, and forks."""
 
 import shutil
 from collections.abc import Callable
@@ -121,40 +121,40 @@ def test_a_failed_start_leaves_no_directory(minigpt: Call, tmp_path: Path, text_
     assert not (tmp_path / "other").exists()
 
 
-def test_a_branch_needs_a_directory_and_names_its_parent(minigpt: Call, run: Path, tmp_path: Path) -> None:
+def test_a_fork_needs_a_directory_and_names_its_parent(minigpt: Call, run: Path, tmp_path: Path) -> None:
     before = files(run)
     best = run / "best.ckpt"
     assert f"--ckpt_path {best} --run_dir NEW" in refused(minigpt, "--run_dir", run, "--ckpt_path", "best")
     assert "--run_dir NEW" in refused(minigpt, "--ckpt_path", best)
     assert "holds a run" in refused(minigpt, "--ckpt_path", best, "--run_dir", run)
-    branch = tmp_path / "branch"
-    assert minigpt("fit", "--ckpt_path", best, "--run_dir", branch, "--trainer.max_steps", 20).status == 0
-    result = summary(branch)
+    fork = tmp_path / "fork"
+    assert minigpt("fit", "--ckpt_path", best, "--run_dir", fork, "--trainer.max_steps", 20).status == 0
+    result = summary(fork)
     assert (result["parent"], result["parent_step"], result["total_steps"]) == (str(best), 16, 20)
     assert result["tokens_seen"] == 20 * 4 * 16
     assert summary(run)["parent"] is None
     assert files(run) == before
-    first_row = (branch / "metrics.csv").read_text("utf-8").splitlines()[1]
+    first_row = (fork / "metrics.csv").read_text("utf-8").splitlines()[1]
     assert first_row.startswith("18,train")
-    ids = [torch.load(folder / "last.ckpt", weights_only=True)["wandb_id"] for folder in (run, branch)]
+    ids = [torch.load(folder / "last.ckpt", weights_only=True)["wandb_id"] for folder in (run, fork)]
     assert ids[0] != ids[1]
 
 
-def test_a_branch_without_changes_equals_the_run(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
+def test_a_fork_without_changes_equals_the_run(minigpt: Call, tmp_path: Path, text_file: Path) -> None:
     """From the best of 10 steps to 16: the weights equal those of a run of 16 steps."""
     args = ("fit", *SMALL, "--data.path", text_file, "--model.lr_schedule", "constant")
     assert minigpt(*args, "--run_dir", tmp_path / "straight").status == 0
     assert minigpt(*args, "--run_dir", tmp_path / "short", "--trainer.max_steps", 10).status == 0
     source = ("fit", "--ckpt_path", tmp_path / "short" / "best.ckpt", "--trainer.max_steps", 16)
     with at_micro_batch(14, interrupt):
-        assert minigpt(*source, "--run_dir", tmp_path / "branch").status == 130
-    assert minigpt("fit", "--ckpt_path", tmp_path / "branch" / "last.ckpt").status == 0
-    assert summary(tmp_path / "branch")["parent"] == str(tmp_path / "short" / "best.ckpt")
-    lines = differences(tmp_path / "straight", tmp_path / "branch")
+        assert minigpt(*source, "--run_dir", tmp_path / "fork").status == 130
+    assert minigpt("fit", "--ckpt_path", tmp_path / "fork" / "last.ckpt").status == 0
+    assert summary(tmp_path / "fork")["parent"] == str(tmp_path / "short" / "best.ckpt")
+    lines = differences(tmp_path / "straight", tmp_path / "fork")
     assert [line for line in lines if line.startswith(("last/state", "last/opt", "best/state", "best/opt"))] == []
 
 
-def test_last_ckpt_in_another_directory_starts_a_branch(tmp_path: Path) -> None:
+def test_last_ckpt_in_another_directory_starts_a_fork(tmp_path: Path) -> None:
     last = tmp_path / "run" / "last.ckpt"
     assert resolve_run_dir("", last, "ModernLM") == resolve_run_dir(str(last.parent), last, "ModernLM")
     assert resolve_run_dir("", last, "ModernLM") == RunDir(last.parent, resuming=True)

@@ -1,6 +1,7 @@
 """Models small enough for a test, one of each kind, and weights with which errors show.
 
-No tests here. Right after initialisation attention is almost uniform and experts are almost equal; `redraw` changes that.
+No tests here. Right after initialisation attention is almost uniform and experts are almost equal;
+`redraw` changes that.
 """
 
 from typing import Any
