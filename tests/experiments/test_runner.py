@@ -23,7 +23,7 @@ from support.runs import differences
 
 from minigpt_pl.experiments import results, runner, spec
 from minigpt_pl.experiments.runner import threads_of
-from minigpt_pl.experiments.spec import Study, find_study, plan, read_study, resolve_config
+from minigpt_pl.experiments.spec import Study, plan, read_study, resolve_config
 from minigpt_pl.experiments.statistics import MIN_SEEDS_COMPARISON
 from minigpt_pl.runtime.errors import UserError
 
@@ -131,21 +131,6 @@ def test_a_run_that_is_impossible_is_refused_before_any_starts(
     assert not Path("runs").exists()
 
 
-def test_a_name_can_be_that_of_a_shipped_study(directory: Path) -> None:
-    assert find_study("journey") == PROJECT / "configs" / "studies" / "journey.yaml"
-    with pytest.raises(UserError, match="did you mean journey"):
-        find_study("jurney")
-
-
-@pytest.mark.parametrize("path", sorted(PROJECT.glob("configs/studies/*.yaml")), ids=lambda path: path.stem)
-def test_a_shipped_study_can_be_run(path: Path) -> None:
-    study = read_study(path)
-    for variant in study.variants.values():
-        resolve_config(variant.args)
-    assert study.comparisons
-    assert study.content["description"]
-
-
 # Runs.
 
 
@@ -242,28 +227,6 @@ def test_stored_runs_are_not_repeated_and_runs_of_other_options_are_refused(dire
     changed = minigpt(*args)
     assert changed.status == 2
     assert "the text differs" in changed.err
-
-
-def test_a_new_option_does_not_make_old_results_another_run() -> None:
-    before = resolve_config([])
-    del before["model"]["init_args"]["lr_schedule"]
-    now = resolve_config(["--wandb.group", "x", "--data.path", "README.md"])
-    assert list(results.run_differences(before, now)) == []
-    assert list(results.run_differences(before, resolve_config(["--model.lr_schedule", "constant"]))) == [
-        "model.lr_schedule: None -> constant"
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("fit --data.path=data/input.txt -c x/y", "fit --data.path=data/input.txt -c x/y"),
-        ("fit --data.path=/home/me/my.txt -c x/y", "fit --data.path=my.txt -c x/y"),
-        ('{"path": "/home/me/my.txt", "ratio": "1/2"}', '{"path": "my.txt", "ratio": "1/2"}'),
-    ],
-)
-def test_results_name_no_directories_of_this_machine(text: str, expected: str) -> None:
-    assert results.strip_paths(text) == expected
 
 
 def test_a_run_is_a_process_and_a_run_without_results_is_reported(directory: Path, minigpt: MiniGPT) -> None:

@@ -1,0 +1,53 @@
+"""What is stored of a run: token losses, and a configuration without directories of the machine that it ran on."""
+
+import numpy as np
+import pytest
+
+from minigpt_pl.experiments.results import TokenNLL, run_differences, strip_paths
+from minigpt_pl.experiments.spec import resolve_config
+
+
+def test_loss_by_position_and_by_character_are_of_the_right_tokens() -> None:
+    """Two windows of three targets, of one to three characters; the first token of the split is not scored."""
+    sums = np.float32([2, 4, 6, 8, 12])  # over two seeds
+    nll = TokenNLL(sums, np.array([0, 1]), np.array([1, 2, 3, 1, 1]), np.int32([2, 8]), window=3)
+    values = nll.by_character()
+    assert np.isnan(values[:2]).all()
+    assert values[2:].tolist() == [1, 1, 1, 1, 1, 1, 4, 6]
+    assert nll.by_position().tolist() == [5 / 2, 8 / 3, 1]
+
+
+def test_an_evaluation_on_random_windows_varies_as_the_report_says() -> None:
+    draw, one = np.random.default_rng(3), np.array([0])
+    lengths = draw.integers(1, 4, 50 * 7 + 3)  # tokens; the last window is a short one
+    losses = (lengths * draw.gamma(2, 1, len(lengths))).astype(np.float32)
+    nll = TokenNLL(losses, one, lengths, np.zeros(51, np.int32), 7)
+    nats, characters = (x[:350].reshape(50, 7).sum(1) for x in (losses.astype(float), lengths))
+    evaluations = [np.mean((nats / characters)[draw.integers(0, 50, 12)]) for _ in range(20_000)]
+    sd = nll.window_sd()
+    assert sd is not None
+    assert sd / 12**0.5 == pytest.approx(np.std(evaluations), rel=0.03)
+    single = TokenNLL(np.ones(7, np.float32), one, np.ones(7), np.zeros(1, np.int32), 7)
+    assert single.window_sd() is None
+
+
+def test_a_new_option_does_not_make_old_results_another_run() -> None:
+    before = resolve_config([])
+    del before["model"]["init_args"]["lr_schedule"]
+    now = resolve_config(["--wandb.group", "x", "--data.path", "README.md"])
+    assert list(run_differences(before, now)) == []
+    assert list(run_differences(before, resolve_config(["--model.lr_schedule", "constant"]))) == [
+        "model.lr_schedule: None -> constant"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("fit --data.path=data/input.txt -c x/y", "fit --data.path=data/input.txt -c x/y"),
+        ("fit --data.path=/home/me/my.txt -c x/y", "fit --data.path=my.txt -c x/y"),
+        ('{"path": "/home/me/my.txt", "ratio": "1/2"}', '{"path": "my.txt", "ratio": "1/2"}'),
+    ],
+)
+def test_results_name_no_directories_of_this_machine(text: str, expected: str) -> None:
+    assert strip_paths(text) == expected
