@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
-
 from support.tiny_models import VOCAB, build
+from torch._dynamo.utils import counters
 
 from minigpt_pl.models.gpt import token_cross_entropy
 
