@@ -1,18 +1,24 @@
-"""BestCheckpoint alone: which evaluation it keeps. How a run is saved and resumed is in tests/integration."""
+"""Which evaluation best.ckpt is of, when several are equal. How a run is saved and resumed is in tests/integration."""
 
+import csv
+import json
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-from minigpt_pl.training.checkpointing import BestCheckpoint
+from conftest import TINY, Outcome
+
+from minigpt_pl.checkpoint.io import read_checkpoint
+
+STILL = ("--model.lr", 1e-30, "--model.muon_lr", 1e-30, "--early_stopping", "null")  # too small to change a loss
 
 
-def test_the_first_of_equal_evaluations_is_the_best(tmp_path: Path) -> None:
-    best, saved_at = BestCheckpoint(str(tmp_path)), []
-    for step, loss in ((5, 2.0), (10, 2.0), (15, 1.5), (20, 1.75), (25, 1.5)):
-        trainer: Any = SimpleNamespace(global_step=step, save_checkpoint=lambda path, at=step: saved_at.append(at))
-        module: Any = SimpleNamespace(eval_metrics=dict.fromkeys(("val/nats_per_char", "val/bits_per_byte"), loss))
-        module.eval_metrics["val/loss"] = loss
-        best.on_validation_end(trainer, module)
-    assert saved_at == [5, 15]
-    assert (best.best["best_val"], best.best["best_step"]) == (1.5, 15)
+def test_the_first_of_equal_evaluations_is_the_best(minigpt: Callable[..., Outcome], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    steps = ("--data.eval_every", 2, "--trainer.max_steps", 6)
+    assert minigpt("fit", *TINY, *STILL, *steps, "--run_dir", run).status == 0
+    with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        losses = {row["step"]: row["val/loss"] for row in csv.DictReader(file) if row["split"] == "val"}
+    assert list(losses) == ["2", "4", "6"]
+    assert len(set(losses.values())) == 1
+    assert json.loads((run / "summary.json").read_text("utf-8"))["best_step"] == 2
+    assert read_checkpoint(run / "best.ckpt")["global_step"] == 2
