@@ -142,7 +142,7 @@ class UserOption(NamedTuple):
 
     def __str__(self) -> str:
         text = "" if self.value is None and not self.file else as_text(self.value) or "''"
-        return f"{self.typed} {text[:80]}".strip() + (f" in {self.file}" if self.file else "")
+        return f"{self.typed} {text[:200]}".strip() + (f" in {self.file}" if self.file else "")
 
 
 def as_text(value: Any) -> str:

@@ -90,7 +90,7 @@ def test_a_stage_is_trained_and_loaded(minigpt: Callable[..., Outcome], tmp_path
 
 
 def test_each_stage_of_the_study_changes_what_it_names() -> None:
-    found = {name: resolve_config(configuration.words) for name, configuration in STUDY.configurations.items()}
+    found = {name: resolve_config(variant.args) for name, variant in STUDY.variants.items()}
     large = found.pop("dense_as_large")  # beside the steps, which are nine
     assert {line.partition(":")[0] for line in run_differences(found["context"], large)} == {"model.ffn_mult"}
     width, experts = large["model"]["init_args"]["ffn_mult"], found["experts_learning"]["model"]["init_args"]
