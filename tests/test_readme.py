@@ -51,6 +51,7 @@ def shrink(args: list[str]) -> list[str]:
     ]  # resumed, a run trains longer; a fork trains longer still
 
 
+@pytest.mark.e2e
 def test_every_command_and_the_python_block_run(
     minigpt: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

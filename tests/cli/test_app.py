@@ -311,6 +311,7 @@ def test_a_prompt_longer_than_the_window_is_continued_from_its_end(predict: Call
     assert len(outcome.out) == len(prompt) + 6 + 1
 
 
+@pytest.mark.e2e
 def test_a_process_writes_only_the_text_and_survives_a_closed_pipe(minigpt: MiniGPT, trained: Path) -> None:
     args = ["--ckpt_path", trained / "best.ckpt", "--sample.prompt", "the sea", "--sample.max_new_tokens", 400]
     expected = minigpt("predict", *args).out

@@ -229,6 +229,7 @@ def test_stored_runs_are_not_repeated_and_runs_of_other_options_are_refused(dire
     assert "the text differs" in changed.err
 
 
+@pytest.mark.e2e
 def test_a_run_is_a_process_and_a_run_without_results_is_reported(directory: Path, minigpt: MiniGPT) -> None:
     path = write(runs={"bad": "", "good": ""}, seeds=1)
     Path("runs/trial/bad-1337").mkdir(parents=True)

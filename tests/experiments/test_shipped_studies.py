@@ -15,6 +15,7 @@ def test_a_name_can_be_that_of_a_shipped_study() -> None:
         find_study("jurney")
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("path", sorted(PROJECT.glob("configs/studies/*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_study_can_be_run(path: Path) -> None:
     study = read_study(path)

@@ -68,6 +68,7 @@ def test_rows_of_all_devices_are_the_batch_of_one() -> None:
             assert torch.equal(torch.cat([part[i].targets for part in parts]), whole[i].targets)
 
 
+@pytest.mark.e2e
 def test_two_devices_stop_at_the_same_step_and_one_device_resumes(minigpt: Call, options: Any, tmp_path: Path) -> None:
     """SIGTERM reaches the first process only. Its checkpoint resumes on one device, as if that had begun the run."""
     process = Process((*options, *TWO), tmp_path / "two")

@@ -55,6 +55,7 @@ CASES = {  # directory: (place, step, signals, options)
 }
 
 
+@pytest.mark.e2e
 def test_real_processes_are_stopped_and_resumed(minigpt: Call, expected: Any, tmp_path: Path) -> None:
     """At start-up, by Ctrl-C to the group with workers in a step, by SIGKILL in a write, and by a second Ctrl-C."""
     options, straight = expected
