@@ -122,6 +122,9 @@ class FitRunner:
                 trainer.fit(model, datamodule=data, ckpt_path=self.init.ckpt_path)
             except BaseException as error:
                 end_other_processes()
+                if signals.pending_signal is not None and trainer.world_size > 1:
+                    # A second signal has ended another process at once: this one fails only because it waits for it.
+                    signals.exit_now(signals.pending_signal)
                 if isinstance(error, MisconfigurationException):  # such as a monitor that is never logged
                     problem = str(error).replace("`", "").split(". ")[0].split("\n")[0]
                     raise UserError(problem, remedy="correct it, and start again or resume") from error

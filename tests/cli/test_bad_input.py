@@ -190,7 +190,8 @@ def unexpected_outcomes(minigpt: MiniGPT, count: int, seed: int) -> list[str]:
             outcome = Outcome(1, "", repr(error))
         message = outcome.err.removeprefix("error: ")
         one_line = re.fullmatch(r"error: [^\n]+\n", outcome.err) and not PARSER_NOISE.search(message)
-        if not (outcome.status == 0 or outcome.status == 2 and one_line and not outcome.out):
+        diverged = outcome.status == 3 and one_line  # a mangled learning rate may be far too high
+        if not (outcome.status == 0 or diverged or outcome.status == 2 and one_line and not outcome.out):
             wrong.append(f"{args}: {outcome}")
     return wrong
 
