@@ -55,7 +55,7 @@ def generate(loaded: LoadedModel, prompt: str = "", **sampling: Any) -> list[str
 
     Raises:
         UserError: If the prompt has characters that the vocabulary lacks.
-        ConfigError: If a sampling argument is out of its range.
+        UserError: If a sampling argument is out of its range.
     """
     steps = generate_ids(loaded.model, loaded.tokenizer.encode_prompt(prompt), SamplingConfig(**sampling))
     return [loaded.tokenizer.decode(list(stream)) for stream in zip(*steps, strict=True)]

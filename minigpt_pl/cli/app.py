@@ -26,6 +26,7 @@ from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.generation.generate import SamplingConfig
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
+from minigpt_pl.runtime.quiet import silence_libraries
 from minigpt_pl.runtime.ranges import Seed
 from minigpt_pl.training import sampling
 from minigpt_pl.training.checkpointing import CheckpointConfig
@@ -42,7 +43,7 @@ CONFIG_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationEx
 
 def run(command: str, args: list[str]) -> int:
     """Runs fit, validate, test or predict; returns the exit status."""
-    help.silence_libraries()
+    silence_libraries()
     if help.is_help_request(args):
         print(help.render_help(command, args))
         return 0

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from minigpt_pl.cli.app import MiniGPTCLI
 from minigpt_pl.cli.errors import canonical_precision, mps_attention_leaks
-from minigpt_pl.cli.help import is_help_request, render_help, silence_libraries
+from minigpt_pl.cli.help import is_help_request, render_help
 from minigpt_pl.data.baselines import MAX_BASELINE_CHARACTERS, compute_baselines
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.data.datasets import TrainDataset
 from minigpt_pl.models.gpt import GPT, token_cross_entropy
 from minigpt_pl.runtime.errors import UserError
+from minigpt_pl.runtime.quiet import silence_libraries
 from minigpt_pl.training.lit_modules import LanguageModel
 from minigpt_pl.training.loggers import memory_gib
 from minigpt_pl.training.optim import OptimizerConfig, build_optimizer
@@ -123,8 +124,9 @@ def run_checks(lm: LanguageModel, data: TextDataModule, device: str, precision: 
     yield None, f"speed: {tokens / seconds:,.0f} tokens/s"
     yield None, f"time: {trainer.max_steps} steps take about {duration}, without evaluations"
     if (used := memory_gib(device)) is not None:
-        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        total_bytes = torch.cuda.mem_get_info()[1] if device == "cuda" else machine
+        in_machine = device != "cuda"  # and then not Windows, for which memory_gib has no number
+        pages = in_machine and os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        total_bytes = pages if in_machine else torch.cuda.mem_get_info()[1]
         yield None, f"memory: {used:.2f} GiB used at most, of {total_bytes / 2**30:.1f} GiB"
 
 

@@ -18,8 +18,8 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from minigpt_pl.cli import options
 from minigpt_pl.cli.options import UserOption, as_text, option_name, option_specs
-from minigpt_pl.models.config import ConfigError
 from minigpt_pl.runtime.errors import UserError
+from minigpt_pl.runtime.ranges import describe_range
 from minigpt_pl.training.lit_modules import MODELS
 
 OPTIONAL_GROUPS = ("early_stopping", "samples", "wandb")  # null disables them
@@ -27,7 +27,6 @@ GROUPS = ("model", "data", "trainer", "checkpoint", "sample", *OPTIONAL_GROUPS)
 MAX_NUMBER = 10**12  # more is a typing error, and some options would be counted up to
 MAX_VOCAB_SIZE = 10**6  # where memory is short, the tokenizers library ends the process without an error
 LOWER_SIZES = "--model.n_layer, --model.n_embd or --model.n_experts"
-COMPARISONS = {">": "above", ">=": "of at least", "<": "below", "<=": "at most"}
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
@@ -138,13 +137,8 @@ def describe_type(hint: Any, name: str) -> str | None:
     for member in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
         if get_origin(member) is Literal:
             words += map(str, get_args(member))
-        elif limits := getattr(member, "_expression", ""):  # a restricted number of jsonargparse: "v>0 and v<1"
-            found = re.findall(r"v([<>]=?)(\S+)", limits)
-            texts = [f"{COMPARISONS[sign]} {float(limit):,.15g}" for sign, limit in found if limit != "inf"]
-            finite = "a finite number" if len(texts) < len(found) else TYPE_WORDS[member._type]
-            words.append(f"{finite} {' and '.join(texts)}")
         else:
-            words.append(TYPE_WORDS.get(member, ""))
+            words.append(describe_range(member) or TYPE_WORDS.get(member, ""))
     common = options.TRAINER_HELP.get(name.removeprefix("trainer."), "").rstrip(".")
     text = common if common and len(words) > 4 else " or ".join(words).replace(" or null", ", or null")
     return None if "" in words else f"it must be {text}"
@@ -283,8 +277,6 @@ def as_user_error(error: BaseException, user_options: list[UserOption]) -> UserE
     for cause in causes:
         if isinstance(cause, UserError):
             return cause
-        if isinstance(cause, ConfigError):
-            return UserError(cause.problem, option=f"model.{cause.name}", value=cause.value)
     message = str(causes[-1]).replace("`", "").split(". ")[0]
     for option in user_options:  # Lightning names its argument or the value
         argument = option.name.removeprefix("trainer.")

@@ -3,10 +3,8 @@
 The options themselves are in `options`.
 """
 
-import logging
 import re
 import textwrap
-import warnings
 from itertools import groupby
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -82,21 +80,3 @@ def metavar(hint: Any) -> str:
     bases = [getattr(member, "_type", member) for member in members]  # int or float of a restricted number type
     names = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
     return names.get(float if set(bases) == {int, float} else bases[0], "...")
-
-
-def silence_libraries() -> None:
-    """Hides advertisements, lists of devices, and advice that does not apply to this project."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for advice in (
-        ".*does not have many workers.*",
-        ".*your dataloader is not resumable.*",
-        ".*You're resuming from a checkpoint that ended.*",
-        ".*isinstance\\(treespec, LeafSpec\\).*",
-        ".*exists and is not empty.*",
-        ".*functional.all_gather is deprecated.*",
-        ".*smaller than the logging interval.*",
-        ".*predict returned None.*",
-        ".*Trying to infer the `batch_size`.*",
-    ):
-        warnings.filterwarnings("ignore", advice)

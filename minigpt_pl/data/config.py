@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minigpt_pl.runtime.errors import UserError
-from minigpt_pl.runtime.ranges import Fraction, NonNegativeInt, OpenUnitInterval, PositiveInt, range_errors
+from minigpt_pl.runtime.ranges import Fraction, NonNegativeInt, OpenUnitInterval, PositiveInt, check_ranges
 
 SamplingMode = Literal["random", "epoch"]
 
@@ -58,8 +58,7 @@ class DataConfig:
     allow_data_change: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, problem in range_errors(self):
-            raise UserError(problem, option=f"data.{name}", value=value)
+        check_ranges(self, "data")
         if self.train_frac + self.test_frac >= 1:
             problem = f"with data.test_frac {self.test_frac}, nothing is left to validate on"
             remedy = "use a smaller share for either"

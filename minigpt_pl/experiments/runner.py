@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
-from minigpt_pl.cli.help import silence_libraries
 from minigpt_pl.data.baselines import MAX_BASELINE_CHARACTERS, compute_baselines
 from minigpt_pl.experiments import spec
 from minigpt_pl.experiments.analysis import StudyAnalysis, read_json, write_json
@@ -27,6 +26,7 @@ from minigpt_pl.experiments.report import overview
 from minigpt_pl.experiments.results import Result, add_result, datamodule_of, measure, read_results, strip_paths
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
+from minigpt_pl.runtime.quiet import silence_libraries
 from minigpt_pl.training.progress import format_duration
 
 REPORT_INTERVAL = 300.0  # seconds without other output after which the progress is printed

@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 
 from minigpt_pl.generation.incremental import make_decode_fn
-from minigpt_pl.models.config import check_ranges
 from minigpt_pl.models.gpt import GPT
-from minigpt_pl.runtime.ranges import NonNegativeFinite, NonNegativeInt, Probability, SampleCount, TokenCount
+from minigpt_pl.runtime.ranges import (
+    NonNegativeFinite,
+    NonNegativeInt,
+    Probability,
+    SampleCount,
+    TokenCount,
+    check_ranges,
+)
 from minigpt_pl.runtime.seeding import uniform
 
 SINGLE_THREAD_MACS = 2**23
@@ -34,7 +40,7 @@ class SamplingConfig:
         num_samples: Samples for each prompt.
 
     Raises:
-        ConfigError: If a value is out of its range.
+        UserError: If a value is out of its range.
     """
 
     max_new_tokens: TokenCount = 300
@@ -45,7 +51,7 @@ class SamplingConfig:
     num_samples: SampleCount = 1
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_ranges(self, "sample")
 
 
 def sample_uniforms(seed: int, prompt: Sequence[int], sample: int, count: int) -> Tensor:

@@ -45,7 +45,7 @@ class RMSNormGPT(AblationGPT):
             block.norm_1, block.norm_2 = (RMSNorm(self.n_embd, ModernConfig.rms_norm_eps) for _ in range(2))
         self.norm = RMSNorm(self.n_embd, ModernConfig.rms_norm_eps)
         for linear in [module for module in self.modules() if isinstance(module, nn.Linear)]:
-            linear.bias = None  # type: ignore[assignment]
+            linear.register_parameter("bias", None)
 
 
 class RopeGPT(RMSNormGPT):

@@ -4,26 +4,13 @@
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from minigpt_pl.runtime.ranges import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, range_errors
+from minigpt_pl.runtime.errors import UserError
+from minigpt_pl.runtime.ranges import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 
 RouterGate = Literal["softmax_all", "softmax_selected"]
 Stage = Literal["classic", "rmsnorm", "rope", "swiglu", "tied"]
-
-
-class ConfigError(ValueError):
-    """A size that no model can have.
-
-    Args:
-        name: The field.
-        value: Its value.
-        problem: What is wrong with it.
-    """
-
-    def __init__(self, name: str, value: object, problem: str):
-        super().__init__(f"{name} is {value}: {problem}")
-        self.name, self.value, self.problem = name, value, problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +26,7 @@ class GPTConfig:
         dropout: Dropout rate on embeddings, attention probabilities and both branches of a block.
 
     Raises:
-        ConfigError: If a value is out of its range.
+        UserError: If a value is out of its range.
     """
 
     vocab_size: int
@@ -50,9 +37,12 @@ class GPTConfig:
     dropout: Fraction
 
     def __post_init__(self) -> None:
-        check_ranges(self)
-        if self.n_embd % self.n_head:
-            raise ConfigError("n_head", self.n_head, f"it must divide n_embd, {self.n_embd}")
+        check_ranges(self, "model")
+        self._require("n_head", self.n_embd % self.n_head == 0, f"it must divide n_embd, {self.n_embd}")
+
+    def _require(self, name: str, good: bool, problem: str) -> None:
+        if not good:
+            raise UserError(problem, option=f"model.{name}", value=getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,20 +89,8 @@ class ModernConfig(GPTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n_embd // self.n_head % 2:
-            width = self.n_embd // self.n_head
-            raise ConfigError("n_head", self.n_head, f"heads must have an even width for rotary positions, not {width}")
-        if self.ffn_hidden < 1:
-            raise ConfigError("ffn_mult", self.ffn_mult, f"times n_embd, {self.n_embd}, it must be at least 1")
-        if self.n_experts and self.moe_top_k > self.n_experts:
-            raise ConfigError("moe_top_k", self.moe_top_k, f"it must be at most n_experts, {self.n_experts}")
-
-
-def check_ranges(config: Any) -> None:
-    """Checks the ranges of a dataclass's fields, as the command line does while parsing.
-
-    Raises:
-        ConfigError: For the first field that is out of its range.
-    """
-    for name, value, problem in range_errors(config):
-        raise ConfigError(name, value, problem)
+        width = self.n_embd // self.n_head
+        self._require("n_head", width % 2 == 0, f"heads must have an even width for rotary positions, not {width}")
+        self._require("ffn_mult", self.ffn_hidden >= 1, f"times n_embd, {self.n_embd}, it must be at least 1")
+        fits = self.n_experts == 0 or self.moe_top_k <= self.n_experts
+        self._require("moe_top_k", fits, f"it must be at most n_experts, {self.n_experts}")

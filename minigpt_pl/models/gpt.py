@@ -7,6 +7,7 @@ Shapes: B batch, T positions, V vocabulary, C = n_embd.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from minigpt_pl.models.moe import MoE
 from minigpt_pl.models.short_conv import ShortConv
 
 
-class GPT(nn.Module):
+class GPT(nn.Module, ABC):
     """What both decoders share: embed the tokens, run the blocks, normalise, project to logits.
 
     Args:
@@ -39,9 +40,9 @@ class GPT(nn.Module):
         super().__init__()
         self.block_size = config.block_size
 
+    @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings (B, T, C) of the tokens (B, T) at the first T positions."""
-        raise NotImplementedError
 
     def forward(self, ids: Tensor, cache: list[KVCache] | None = None) -> tuple[Tensor, Tensor]:
         """Logits (B, T, V) of the next token at each position of ids (B, T), and the balance loss summed over layers.
@@ -98,9 +99,9 @@ class GPT(nn.Module):
         n_embd = self.token_embedding.embedding_dim
         return 6 * (weights - self.lookup_params()) + 12 * len(self.blocks) * n_embd * self.block_size
 
+    @abstractmethod
     def lookup_params(self) -> int:
         """Weights that are looked up and not multiplied."""
-        raise NotImplementedError
 
 
 def init_weights(model: nn.Module, seed: int, std: Mapping[Tensor, float], default_std: float = 0.02) -> None:

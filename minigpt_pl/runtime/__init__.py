@@ -1,1 +1,1 @@
-"""What must work before torch is imported: errors, signals, atomic files, seeds."""
+"""What must work before torch is imported: errors, ranges of options, signals, atomic files, seeds."""

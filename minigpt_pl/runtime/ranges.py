@@ -1,10 +1,10 @@
-"""Types of numbers with a range, which the command line checks while parsing, and a check for those who do not use it.
+"""Types of numbers with a range: the command line checks them while parsing, `check_ranges` does for Python users.
 
 jsonargparse registers each range once in a process, so all rooms take their types from here.
 """
 
 import math
-from collections.abc import Iterator
+import re
 from typing import Any, get_type_hints
 
 from jsonargparse.typing import (
@@ -16,38 +16,45 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
+from minigpt_pl.runtime.errors import UserError
+
 __all__ = ["NonNegativeFloat", "NonNegativeInt", "OpenUnitInterval", "PositiveFloat", "PositiveInt"]
 
-PositiveFinite = restricted_number_type(
-    "PositiveFinite", float, [(">", 0), ("<", math.inf)], docstring="float restricted to be >0 and finite"
-)
-NonNegativeFinite = restricted_number_type(
-    "NonNegativeFinite", float, [(">=", 0), ("<", math.inf)], docstring="float restricted to be >=0 and finite"
-)
-Fraction = restricted_number_type(
-    "Fraction", float, [(">=", 0), ("<", 1)], docstring="float restricted to be >=0 and <1"
-)
-Probability = restricted_number_type(
-    "Probability", float, [(">", 0), ("<=", 1)], docstring="float restricted to be >0 and <=1"
-)
-TokenCount = restricted_number_type(
-    "TokenCount", int, [(">", 0), ("<=", 10**7)], docstring="int restricted to be >0 and <=10,000,000"
-)
-SampleCount = restricted_number_type(
-    "SampleCount", int, [(">", 0), ("<=", 10**4)], docstring="int restricted to be >0 and <=10,000"
-)
-Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)], docstring="int restricted to be >=0 and <2^32")
+PositiveFinite = restricted_number_type("PositiveFinite", float, [(">", 0), ("<", math.inf)])
+NonNegativeFinite = restricted_number_type("NonNegativeFinite", float, [(">=", 0), ("<", math.inf)])
+Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
+Probability = restricted_number_type("Probability", float, [(">", 0), ("<=", 1)])
+TokenCount = restricted_number_type("TokenCount", int, [(">", 0), ("<=", 10**7)])
+SampleCount = restricted_number_type("SampleCount", int, [(">", 0), ("<=", 10**4)])
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
+
+COMPARISONS = {">": "above", ">=": "of at least", "<": "below", "<=": "at most"}
 
 
-def range_errors(config: Any) -> Iterator[tuple[str, Any, str]]:
-    """Name, value and problem of each field of a dataclass that is outside the range of its type.
+def describe_range(kind: Any) -> str | None:
+    """The numbers of a restricted type in words, such as "a whole number above 0"; None for any other type."""
+    if not (expression := getattr(kind, "_expression", "")):  # jsonargparse's own text, such as "v>0 and v<1"
+        return None
+    limits = re.findall(r"v([<>]=?)(\S+)", expression)
+    texts = [f"{COMPARISONS[sign]} {float(limit):,.15g}" for sign, limit in limits if limit != "inf"]
+    finite = "a finite number" if len(texts) < len(limits) else "a number"
+    return f"{'a whole number' if issubclass(kind, int) else finite} {' and '.join(texts)}"
 
-    The other fields become plain numbers: what the parser makes is of the type itself, and no checkpoint may hold that.
+
+def check_ranges(config: Any, group: str) -> None:
+    """Checks the fields of a dataclass, whose options are those of `group`, and makes plain numbers of them.
+
+    What the parser makes is of the restricted type itself, which a checkpoint of plain values cannot hold.
+
+    Raises:
+        UserError: For the first field that is out of its range.
     """
     for name, kind in get_type_hints(type(config)).items():
-        if isinstance(kind, type) and issubclass(kind, (int, float)) and kind not in (int, float, bool):
-            plain = int if issubclass(kind, int) else float
+        if words := describe_range(kind):
+            value = getattr(config, name)
             try:
-                object.__setattr__(config, name, plain(kind(getattr(config, name))))
+                number = kind(value)
             except ValueError:
-                yield name, getattr(config, name), f"expected {kind.__doc__}"
+                raise UserError(f"it must be {words}", option=f"{group}.{name}", value=value) from None
+            # A frozen dataclass forbids an ordinary assignment, in its __post_init__ too.
+            object.__setattr__(config, name, int(number) if issubclass(kind, int) else float(number))

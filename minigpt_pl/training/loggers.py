@@ -24,9 +24,10 @@ from minigpt_pl.checkpoint.io import BEST_CKPT
 from minigpt_pl.data.baselines import MAX_BASELINE_CHARACTERS, compute_baselines
 from minigpt_pl.runtime.atomic_io import SAMPLES_FILE, SUMMARY_FILE, atomic_write
 from minigpt_pl.runtime.errors import UserError
+from minigpt_pl.training.callbacks import get_callback
 from minigpt_pl.training.patches import remove_anonymous, wandb_environment
 from minigpt_pl.training.sampling import read_samples
-from minigpt_pl.training.summary import git_commit
+from minigpt_pl.training.summary import RunSummary
 
 
 class ResumableCSVLogger(Logger):
@@ -195,19 +196,11 @@ class WandbCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         run: Any = self.logger.experiment
-        data, net = trainer.datamodule, pl_module.net
+        data = trainer.datamodule
         for name in ("val/loss", "val/nats_per_char", "val/bits_per_byte", "val/perplexity"):
             run.define_metric(name, step_metric="trainer/global_step", summary="min")
-        run.summary.update(
-            {
-                "git_commit": git_commit(),
-                "data_sha256": data.text_stats.sha256,
-                "tokenizer_sha256": data.tokenizer.sha256,
-                "params_total": net.params_total(),
-                "params_active": net.params_active(),
-                "run_dir": str(Path(trainer.default_root_dir).resolve()),
-            }
-        )
+        facts = get_callback(trainer, RunSummary).facts
+        run.summary.update(facts | {"run_dir": str(Path(trainer.default_root_dir).resolve())})
         if data.text_stats.characters <= MAX_BASELINE_CHARACTERS:  # constant lines beside val/nats_per_char
             baselines = compute_baselines(str(data.resolve_path()), data.config.train_frac, data.config.test_frac)
             self._baselines = {f"baseline/{name}": metrics["nats_per_char"] for name, metrics in baselines.items()}

@@ -52,7 +52,8 @@ def build_optimizer(model: GPT, config: OptimizerConfig) -> torch.optim.Optimize
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     else:
         matrices = model.matrices()
-        others = [p for p in parameters if id(p) not in set(map(id, matrices))]
+        chosen = set(map(id, matrices))
+        others = [p for p in parameters if id(p) not in chosen]
         groups = [
             {"params": matrices, "use_muon": True, "lr": config.muon_lr},
             {"params": others, "use_muon": False, "lr": config.lr},

@@ -5,8 +5,6 @@ Relied on in Lightning: the keys of "loops" below, and that a checkpoint's "call
 
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from minigpt_pl.runtime.errors import rank_zero_print
 
 
@@ -51,7 +49,7 @@ def eval_protocol(data: dict[str, Any], text_sha256: str) -> tuple[Any, ...]:
 
 
 def resume_state(
-    checkpoint: dict[str, Any], resuming: bool, trainer: Trainer, config: dict[str, Any], text_sha256: str
+    checkpoint: dict[str, Any], resuming: bool, trainer: Any, config: dict[str, Any], text_sha256: str
 ) -> dict[str, Any]:
     """The checkpoint as Lightning shall restore it.
 
@@ -63,7 +61,7 @@ def resume_state(
         text_sha256: The hash of the text.
     """
     steps, old_data = checkpoint["global_step"], checkpoint["config"]["data"]
-    states = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    states = {callback.state_key for callback in trainer.callbacks}
     if not resuming:  # a fork counts its own evaluations, but its weights have seen the parent's tokens
         states = {"TrainMetrics"}
     callbacks = {name: state for name, state in checkpoint["callbacks"].items() if name in states}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Outcome
-from support.runs import SMALL, at_micro_batch, differences
+from support.runs import SMALL, at_micro_batch, differences, train_small
 
 from minigpt_pl.checkpoint.io import AtomicCheckpointIO, iter_tensors, read_checkpoint, tensor_digest
 from minigpt_pl.runtime.errors import UserError
@@ -23,20 +23,14 @@ Call = Callable[..., Outcome]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, which the tests of this file copy."""
-    from minigpt_pl.__main__ import main
-
-    home = tmp_path_factory.mktemp("trained")
-    (home / "text.txt").write_text("the sea comes in, the sea goes out.\n" * 60, "utf-8")
-    args = ("fit", *SMALL, "--data.path", home / "text.txt", "--run_dir", home / "run")
-    assert main([str(arg) for arg in args]) == 0
-    return home / "run"
+    """A finished run of 16 steps, the last of which is the best."""
+    return train_small(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    shutil.copytree(trained, tmp_path / "run")
-    return tmp_path / "run"
+    """A copy of it for one test."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def offset_of(data: bytes, tensor: torch.Tensor) -> int:

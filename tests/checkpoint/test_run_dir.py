@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Outcome
 from filelock import FileLock
-from support.runs import SMALL, at_micro_batch, differences, interrupt, summary
+from support.runs import SMALL, at_micro_batch, differences, interrupt, summary, train_small
 
 from minigpt_pl.checkpoint.run_dir import RunDir, resolve_run_dir
 from minigpt_pl.runtime.errors import UserError
@@ -18,20 +18,14 @@ Call = Callable[..., Outcome]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of 16 steps, the last of which is the best; tests copy it."""
-    from minigpt_pl.__main__ import main
-
-    home = tmp_path_factory.mktemp("trained")
-    (home / "text.txt").write_text("the sea comes in, the sea goes out.\n" * 60, "utf-8")
-    args = ("fit", *SMALL, "--data.path", home / "text.txt", "--run_dir", home / "run")
-    assert main([str(arg) for arg in args]) == 0
-    return home / "run"
+    """A finished run of 16 steps, the last of which is the best."""
+    return train_small(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    shutil.copytree(trained, tmp_path / "run")
-    return tmp_path / "run"
+    """A copy of it for one test."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def files(folder: Path) -> dict[str, bytes]:

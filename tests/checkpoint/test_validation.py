@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Outcome
-from support.runs import SMALL
+from support.runs import SMALL, train_small
 
 from minigpt_pl import load_checkpoint
 from minigpt_pl.checkpoint.io import read_checkpoint, tensor_digest
@@ -26,13 +26,7 @@ Call = Callable[..., Outcome]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of one step."""
-    from minigpt_pl.__main__ import main
-
-    home = tmp_path_factory.mktemp("trained")
-    (home / "text.txt").write_text("the sea comes in, the sea goes out.\n" * 60, "utf-8")
-    args = ("fit", *SMALL, "--trainer.max_steps", 1, "--data.path", home / "text.txt", "--run_dir", home / "run")
-    assert main([str(arg) for arg in args]) == 0
-    return home / "run" / "last.ckpt"
+    return train_small(tmp_path_factory.mktemp("trained"), "--trainer.max_steps", 1) / "last.ckpt"
 
 
 class Bomb:

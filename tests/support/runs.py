@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import torch
 
+from minigpt_pl.__main__ import main
 from minigpt_pl.training.lit_modules import LanguageModel
 from minigpt_pl.training.summary import RunSummary
 
@@ -24,6 +25,14 @@ SMALL = (
     "--model.dropout", 0.1, "--checkpoint.every_n_train_steps", 4, "--trainer.enable_progress_bar", "false",
 )  # fmt: skip
 """Options of a run of half a second: an evaluation every 5 of 16 steps, metrics every 3, a checkpoint every 4."""
+
+SIZES = (
+    "--model.n_layer", 1, "--model.n_head", 2, "--model.n_embd", 16, "--model.block_size", 16, "--data.batch_size", 4,
+    "--data.eval_every", 4, "--trainer.max_steps", 12, "--trainer.log_every_n_steps", 5,
+    "--data.max_eval_tokens", 320,
+)  # fmt: skip
+OFF = ("--wandb", "null", "--samples", "null")
+"""Sizes of a run of 12 steps that log and evaluate at different steps, and what it does without."""
 
 TIMES = {"wall_seconds", "tokens_per_s", "perf/tokens_per_s", "seconds", "timed_seconds", "timed_tokens", "git_commit"}
 """Values that differ between two equal runs."""
@@ -123,3 +132,20 @@ def interrupt() -> None:
 def snapshot(run_dir: Path, to: Path) -> Callable[[], None]:
     """A function that copies the directory of a run, as SIGKILL would leave it."""
     return lambda: shutil.copytree(run_dir, to, ignore=shutil.ignore_patterns(".lock"))
+
+
+def rows_of(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def eval_steps(run: Path) -> list[int]:
+    return [int(row["step"]) for row in rows_of(run) if row["split"] == "val"]
+
+
+def train_small(home: Path, *options: object) -> Path:
+    """Trains a run of SMALL options on a text of its own; returns the run directory."""
+    (home / "text.txt").write_text("the sea comes in, the sea goes out.\n" * 60, "utf-8")
+    args = ("fit", *SMALL, *options, "--data.path", home / "text.txt", "--run_dir", home / "run")
+    assert main([str(arg) for arg in args]) == 0
+    return home / "run"

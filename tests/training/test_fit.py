@@ -1,62 +1,40 @@
-"""What fit leaves: weights that depend on nothing beside training, metrics that can be recomputed, and its stops.
+"""What fit leaves: weights that depend on nothing beside training, and metrics that can be recomputed.
 
-Resuming a run is tested in test_stopping and in tests/integration, branches in tests/checkpoint.
+What ends a run is tested in test_stopping, resuming it in tests/integration, forks in tests/checkpoint.
 """
 
-import csv
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
 import re
-import subprocess
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from importlib.metadata import PackageNotFoundError
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from conftest import TINY, Outcome
+from support.runs import OFF, SIZES, rows_of
 from torch.nn.functional import cross_entropy
 
 from minigpt_pl import load_checkpoint
 from minigpt_pl.__main__ import main
 from minigpt_pl.checkpoint.io import read_checkpoint
 from minigpt_pl.experiments.results import datamodule_of
-from minigpt_pl.training import progress
-from minigpt_pl.training import summary as summary_module
 from minigpt_pl.training.lit_modules import from_checkpoint
-from minigpt_pl.training.metrics import TrainMetrics
 from minigpt_pl.training.patches import STEP_HOOKS
 
 MiniGPT = Callable[..., Outcome]
-SIZES = (
-    "--model.n_layer", 1, "--model.n_head", 2, "--model.n_embd", 16, "--model.block_size", 16, "--data.batch_size", 4,
-    "--data.eval_every", 4, "--trainer.max_steps", 12, "--trainer.log_every_n_steps", 5,
-    "--data.max_eval_tokens", 320,
-)  # fmt: skip
-OFF = ("--wandb", "null", "--samples", "null")
 ALL_FILES = {"config.yaml", "best.ckpt", "last.ckpt", "metrics.csv", "summary.json", "samples.txt", "wandb"}
 TRAIN, TEST = 0.4, 0.2  # so that an evaluation reads at least as many windows as the train split has
 
 
 def summary_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "summary.json").read_text("utf-8"))
-
-
-def rows_of(run: Path) -> list[dict[str, str]]:
-    with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def eval_steps(run: Path) -> list[int]:
-    return [int(row["step"]) for row in rows_of(run) if row["split"] == "val"]
 
 
 def mean_nats(checkpoint: Path, text: str) -> float:
@@ -231,29 +209,6 @@ def test_summary_json_has_the_metrics_of_the_run(finished: tuple[Path, Outcome],
     assert summary["versions"]["torch"] == torch.__version__
 
 
-def test_git_commit_is_that_of_the_package_not_of_a_surrounding_repository(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def git(*words: str) -> str:
-        person = ("-c", "user.name=a", "-c", "user.email=a@b")
-        return subprocess.run(["git", *person, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-
-    package = tmp_path / "site-packages" / "minigpt_pl"
-    package.mkdir(parents=True)
-    (package / "summary.py").write_text("")
-    monkeypatch.setattr(summary_module, "__file__", str(package / "summary.py"))
-    assert summary_module.git_commit() is None
-    git("init")
-    git("commit", "--allow-empty", "--message", "of somebody else")
-    assert summary_module.git_commit() is None
-    git("add", ".")
-    git("commit", "--message", "its own")
-    commit = git("rev-parse", "HEAD").strip()
-    assert summary_module.git_commit() == commit
-    (package / "summary.py").write_text("changed")
-    assert summary_module.git_commit() == f"{commit}-dirty"
-
-
 def test_a_run_ends_with_a_table_and_a_sample(finished: tuple[Path, Outcome]) -> None:
     run, done = finished
     summary = summary_of(run)
@@ -266,66 +221,6 @@ def test_a_run_ends_with_a_table_and_a_sample(finished: tuple[Path, Outcome]) ->
     assert len(done.out.partition("A sample from best.ckpt:")[2]) > 200, lines[-3:]
 
 
-def test_the_expected_time_and_the_time_left_are_printed(
-    minigpt: MiniGPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(progress, "MIN_TIMED_SECONDS", 0)
-    short = minigpt("fit", *SIZES, *OFF, "--run_dir", tmp_path / "short")
-    assert "about" not in short.out, "a run of less than a second"
-    monkeypatch.setattr(progress, "MIN_ANNOUNCED_SECONDS", 0)
-    done = minigpt("fit", *SIZES, *OFF, "--run_dir", tmp_path / "run")
-    lines = done.out.splitlines()
-    assert len(re.findall(r"^about \d+ s for 12 steps at [\d,]+ tokens/s$", done.out, re.MULTILINE)) == 1
-    evals = [line for line in lines if line.startswith("step")]
-    assert [bool(re.search(r"  \d+ s left$", line)) for line in evals] == [True, True, False]
-
-
-def test_the_time_left_counts_steps_and_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics, bar = TrainMetrics(), progress.ProgressBar()
-    now = [1.0]
-    monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    metrics.throughput.resume()
-    for step in range(15):
-        now[0] += 1 if step else 10  # the first step takes ten seconds, the others one
-        metrics.throughput.count_step(step)
-    metrics.throughput.pause()
-    now[0] += 6  # evaluations
-    data = SimpleNamespace(config=SimpleNamespace(eval_every=10))
-    run = {
-        "global_step": 15,
-        "max_steps": 35,
-        "accumulate_grad_batches": 2,
-        "num_val_batches": [12],
-        "datamodule": data,
-    }
-    trainer = SimpleNamespace(**run, callbacks=[metrics])
-    assert bar.seconds_left(trainer) == pytest.approx(20 + 3 * 12 / 2 / 3)
-    bar._evals = 2
-    assert bar.seconds_left(trainer) == pytest.approx(20 + 3 * 6 / 2)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (300, "5 min"), (7199, "2 h 0 min"), (9000, "2 h 30 min")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert progress.format_duration(seconds) == text
-
-
-def test_a_package_that_is_not_installed_has_no_version_and_trains(
-    minigpt: MiniGPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def version(name: str) -> str:
-        if name == "minigpt_pl":
-            raise PackageNotFoundError(name)
-        return importlib.metadata.version(name)
-
-    monkeypatch.setattr(summary_module, "version", version)
-    assert minigpt("fit", *SIZES, *OFF, "--trainer.max_steps", 1, "--run_dir", tmp_path / "run").status == 0
-    versions = summary_of(tmp_path / "run")["versions"]
-    assert (versions["minigpt_pl"], versions["torch"]) == ("not installed", torch.__version__)
-
-
 def test_active_parameters_exclude_experts_that_a_token_does_not_use(minigpt: MiniGPT, tmp_path: Path) -> None:
     moe = ("-c", "moe", "--model.moe_top_k", 1, "--model.ffn_mult", 2)
     assert minigpt("fit", *moe, *SIZES, *OFF, "--run_dir", tmp_path / "run").status == 0
@@ -336,58 +231,6 @@ def test_active_parameters_exclude_experts_that_a_token_does_not_use(minigpt: Mi
     assert row["split"] == "train"
     assert sum(float(row[f"moe/load_0_{expert}"]) for expert in range(4)) == pytest.approx(1)
     assert 0.9 < float(row["train/aux_loss"]) <= 4
-
-
-# When it stops.
-
-
-def test_the_time_limit_stops_a_run_without_an_evaluation(minigpt: MiniGPT, tmp_path: Path) -> None:
-    words = ("--trainer.max_time", "00:00:00:01", "--trainer.max_steps", 10**6, "--data.eval_every", 10**6)
-    done = minigpt("fit", *SIZES, *OFF, *words, "--run_dir", tmp_path / "run")
-    assert done.status == 0, done.err
-    summary = summary_of(tmp_path / "run")
-    assert summary["stop_reason"] == "time_limit"
-    assert 0 < summary["total_steps"] < 10**6
-    assert (summary["best_val"], summary["final_val_loss"], eval_steps(tmp_path / "run")) == (None, None, [])
-    assert summary["final_train_loss"] > 0
-    assert read_checkpoint(tmp_path / "run" / "last.ckpt")["global_step"] == summary["total_steps"]
-
-
-STILL = ("--model.lr", 1e-12, "--early_stopping.min_delta", 0.5)
-"""Nothing is learned: no evaluation after the first one improves."""
-
-
-@pytest.mark.parametrize(
-    ("patience", "every", "steps", "evals", "reason"),
-    [
-        (2, 4, 40, [4, 8, 12], "early_stopping"),
-        (1, 4, 40, [4, 8], "early_stopping"),
-        (2, 4, 12, [4, 8, 12], "early_stopping"),  # at max_steps
-        (2, 5, 12, [5, 10, 12], "early_stopping"),  # at max_steps, between multiples of eval_every
-        (3, 5, 12, [5, 10, 12], "completed"),
-    ],
-)
-def test_patience_counts_evaluations_without_improvement(
-    minigpt: MiniGPT, tmp_path: Path, patience: int, every: int, steps: int, evals: list[int], reason: str
-) -> None:
-    words = ("--early_stopping.patience", patience, "--data.eval_every", every, "--trainer.max_steps", steps)
-    assert minigpt("fit", *SIZES, *OFF, *STILL, *words, "--run_dir", tmp_path / "run").status == 0
-    summary = summary_of(tmp_path / "run")
-    assert eval_steps(tmp_path / "run") == evals
-    assert (summary["stop_reason"], summary["total_steps"]) == (reason, evals[-1])
-
-
-def test_min_delta_affects_patience_only(minigpt: MiniGPT, tmp_path: Path) -> None:
-    words = ("--early_stopping.patience", 2, "--early_stopping.min_delta", 10, "--trainer.max_steps", 40)
-    assert minigpt("fit", *SIZES, *OFF, *words, "--run_dir", tmp_path / "run").status == 0
-    summary = summary_of(tmp_path / "run")
-    assert (summary["stop_reason"], summary["total_steps"], summary["best_step"]) == ("early_stopping", 12, 12)
-
-
-def test_early_stopping_null_never_stops(minigpt: MiniGPT, tmp_path: Path) -> None:
-    words = (*STILL, "--early_stopping.patience", 1, "--early_stopping", "null")
-    assert minigpt("fit", *SIZES, *OFF, *words, "--run_dir", tmp_path / "run").status == 0
-    assert summary_of(tmp_path / "run")["stop_reason"] == "completed"
 
 
 # What validate and test print.

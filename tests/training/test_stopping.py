@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import Outcome
-from support.runs import SMALL, at_micro_batch, differences, interrupt, summary
+from support.runs import OFF, SIZES, SMALL, at_micro_batch, differences, eval_steps, interrupt, summary
+
+from minigpt_pl.checkpoint.io import read_checkpoint
 
 Call = Callable[..., Outcome]
 
@@ -202,3 +204,55 @@ def test_a_line_of_a_sample_that_looks_like_a_header_is_not_one(resume: Call, st
     samples.write_text(samples.read_text("utf-8") + "=== step of the dance\n", "utf-8")
     assert resume("run").status == 0
     assert "=== step of the dance\n=== step " in samples.read_text("utf-8")
+
+
+# Why a run stops.
+
+
+def test_the_time_limit_stops_a_run_without_an_evaluation(minigpt: Call, tmp_path: Path) -> None:
+    words = ("--trainer.max_time", "00:00:00:01", "--trainer.max_steps", 10**6, "--data.eval_every", 10**6)
+    done = minigpt("fit", *SIZES, *OFF, *words, "--run_dir", tmp_path / "run")
+    assert done.status == 0, done.err
+    result = summary(tmp_path / "run")
+    assert result["stop_reason"] == "time_limit"
+    assert 0 < result["total_steps"] < 10**6
+    assert (result["best_val"], result["final_val_loss"], eval_steps(tmp_path / "run")) == (None, None, [])
+    assert result["final_train_loss"] > 0
+    assert read_checkpoint(tmp_path / "run" / "last.ckpt")["global_step"] == result["total_steps"]
+
+
+STILL = ("--model.lr", 1e-12, "--early_stopping.min_delta", 0.5)
+"""Nothing is learned: no evaluation after the first one improves."""
+
+
+@pytest.mark.parametrize(
+    ("patience", "every", "steps", "evals", "reason"),
+    [
+        (2, 4, 40, [4, 8, 12], "early_stopping"),
+        (1, 4, 40, [4, 8], "early_stopping"),
+        (2, 4, 12, [4, 8, 12], "early_stopping"),  # at max_steps
+        (2, 5, 12, [5, 10, 12], "early_stopping"),  # at max_steps, between multiples of eval_every
+        (3, 5, 12, [5, 10, 12], "completed"),
+    ],
+)
+def test_patience_counts_evaluations_without_improvement(
+    minigpt: Call, tmp_path: Path, patience: int, every: int, steps: int, evals: list[int], reason: str
+) -> None:
+    words = ("--early_stopping.patience", patience, "--data.eval_every", every, "--trainer.max_steps", steps)
+    assert minigpt("fit", *SIZES, *OFF, *STILL, *words, "--run_dir", tmp_path / "run").status == 0
+    result = summary(tmp_path / "run")
+    assert eval_steps(tmp_path / "run") == evals
+    assert (result["stop_reason"], result["total_steps"]) == (reason, evals[-1])
+
+
+def test_min_delta_affects_patience_only(minigpt: Call, tmp_path: Path) -> None:
+    words = ("--early_stopping.patience", 2, "--early_stopping.min_delta", 10, "--trainer.max_steps", 40)
+    assert minigpt("fit", *SIZES, *OFF, *words, "--run_dir", tmp_path / "run").status == 0
+    result = summary(tmp_path / "run")
+    assert (result["stop_reason"], result["total_steps"], result["best_step"]) == ("early_stopping", 12, 12)
+
+
+def test_early_stopping_null_never_stops(minigpt: Call, tmp_path: Path) -> None:
+    words = (*STILL, "--early_stopping.patience", 1, "--early_stopping", "null")
+    assert minigpt("fit", *SIZES, *OFF, *words, "--run_dir", tmp_path / "run").status == 0
+    assert summary(tmp_path / "run")["stop_reason"] == "completed"

@@ -1,0 +1,22 @@
+"""What libraries print or warn of without need: hidden before a command starts."""
+
+import logging
+import warnings
+
+
+def silence_libraries() -> None:
+    """Hides advertisements, lists of devices, and advice that does not apply to this project."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for advice in (
+        ".*does not have many workers.*",
+        ".*your dataloader is not resumable.*",
+        ".*You're resuming from a checkpoint that ended.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*exists and is not empty.*",
+        ".*functional.all_gather is deprecated.*",
+        ".*smaller than the logging interval.*",
+        ".*predict returned None.*",
+        ".*Trying to infer the `batch_size`.*",
+    ):
+        warnings.filterwarnings("ignore", advice)
