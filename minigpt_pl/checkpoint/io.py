@@ -21,10 +21,10 @@ from minigpt_pl.runtime.errors import UserError, one_line
 
 BEST_CKPT, LAST_CKPT = "best.ckpt", "last.ckpt"
 WRITE_FAILED_REMEDY = "the files written before are complete: make room, then resume the run"
-REQUIRED_KEYS = {
-    "state_dict", "optimizer_states", "callbacks", "loops", "global_step", "digest", "config", "vocab_size",
-    "wandb_id", "TextDataModule",
-}  # fmt: skip
+MODEL_KEYS = {"state_dict", "global_step", "config", "vocab_size"}
+"""What a checkpoint of any Lightning callback has, if it holds a LanguageModel."""
+RUN_KEYS = {*MODEL_KEYS, "optimizer_states", "callbacks", "loops", "digest", "wandb_id"}
+"""What a checkpoint of `minigpt fit` has."""
 
 
 def iter_tensors(node: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -124,7 +124,7 @@ def read_checkpoint(path: Any) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         keys = checkpoint.keys() if isinstance(checkpoint, dict) else set()
         complete = all(is_plain(tensor) for _, tensor in iter_tensors(checkpoint))
-        complete = complete and keys >= REQUIRED_KEYS and tensor_digest(checkpoint) == checkpoint["digest"]
+        complete = complete and ("digest" not in keys or tensor_digest(checkpoint) == checkpoint["digest"])
     except UserError:
         raise
     except PermissionError:
@@ -132,10 +132,10 @@ def read_checkpoint(path: Any) -> dict[str, Any]:
     except Exception as exception:  # torch raises many types for a damaged or hostile file; it executes nothing
         reason = load_error_cause(exception)
         raise error(f"the file is damaged, or not a checkpoint of plain values ({reason})") from None
-    if keys >= REQUIRED_KEYS - {"config"} | {"settings"}:
+    if keys >= RUN_KEYS - {"config"} | {"settings"}:
         raise error("minigpt_pl 0.1 wrote it, and this version cannot read it", "train the model again")
-    if not keys >= REQUIRED_KEYS:
-        raise error("it is not a checkpoint that minigpt wrote")
+    if not keys >= MODEL_KEYS:
+        raise error("it is not a checkpoint of a minigpt model")
     if not complete:
         raise error("the file is damaged: its weights or optimizer states differ from their digest")
     return checkpoint

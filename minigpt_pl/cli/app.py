@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from minigpt_pl.checkpoint.io import BEST_CKPT, AtomicCheckpointIO, read_checkpoint
+from minigpt_pl.checkpoint.io import BEST_CKPT, RUN_KEYS, AtomicCheckpointIO, read_checkpoint
 from minigpt_pl.checkpoint.run_dir import find_checkpoint, resolve_run_dir
 from minigpt_pl.checkpoint.validation import validate_config, validate_sizes
 from minigpt_pl.cli import errors, help, options
@@ -158,6 +158,10 @@ class MiniGPTCLI(LightningCLI):
     def read_start(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """A checkpoint, and the part of its configuration that this command starts from."""
         checkpoint = read_checkpoint(path)
+        if not checkpoint.keys() >= ({"TextDataModule"} | (RUN_KEYS if self.fits else set())):
+            able = "predict and validate can read it" if "TextDataModule" in checkpoint else "it has no tokenizer"
+            remedy = "name a checkpoint of minigpt fit"
+            raise UserError(f"minigpt fit did not write it: {able}", option="ckpt_path", value=path, remedy=remedy)
         config = validate_config(checkpoint["config"], path, self.args)
         validate_sizes(checkpoint, MODELS)
         # The seed decides which windows a sampled evaluation reads.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minigpt_pl.runtime.errors import UserError
-from minigpt_pl.runtime.ranges import Fraction, NonNegativeInt, OpenUnitInterval, PositiveInt, check_ranges
+from minigpt_pl.runtime.ranges import Fraction, NonNegativeInt, OpenUnitInterval, PositiveInt, Seed, check_ranges
 
 SamplingMode = Literal["random", "epoch"]
 
@@ -43,7 +43,7 @@ class DataConfig:
     block_size: PositiveInt
     batch_size: PositiveInt
     eval_every: PositiveInt
-    seed: int = 0
+    seed: Seed = 0
     train_frac: OpenUnitInterval = 0.9
     test_frac: Fraction = 0.0
     tokenizer: Literal["char", "bpe"] = "char"

@@ -4,6 +4,7 @@ Its options are in `config`. Reading is in `corpus`, tokens in `tokenizer` and `
 """
 
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -44,6 +45,7 @@ class TextDataModule(LightningDataModule):
     def __init__(self, **config: Any):
         super().__init__()
         self.config = DataConfig(**config)
+        self.save_hyperparameters(asdict(self.config))
         self.path = self.config.path  # or, after a checkpoint is loaded, the path that it remembers
         self.prompts: list[list[int]] = []  # token ids, for `predict`
         self.checkpoint: dict[str, Any] = {}  # this module's state in a checkpoint
@@ -140,24 +142,46 @@ class TextDataModule(LightningDataModule):
             generator=torch.Generator(), worker_init_fn=signals.ignore_signals,
         )  # fmt: skip
 
+    @property
+    def batch_size(self) -> int:
+        """Windows in a micro-batch. It can be set, as Lightning's tuner does."""
+        return self.config.batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        self.config = replace(self.config, batch_size=value)
+
+    def steps_per_epoch(self, accumulate: int = 1) -> int:
+        """Optimizer steps that read about as many tokens as the training split has."""
+        windows = datasets.windows_in_epoch(len(self.read().tokens["train"]), self.config.block_size)
+        return max(1, windows // (self.config.batch_size * accumulate))
+
     def train_dataloader(self) -> DataLoader[Batch]:
+        """The micro-batches of an epoch; with max_steps alone the whole run is one epoch."""
         trainer, config = self.trainer, self.config
-        assert trainer is not None
-        accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
+        if trainer is None:
+            accumulate, world, rank = 1, 1, 0
+        else:
+            accumulate, world, rank = trainer.accumulate_grad_batches, trainer.world_size, trainer.global_rank
+        steps = self.steps_per_epoch(accumulate)
+        if trainer is not None and trainer.max_epochs == -1 and trainer.max_steps > 0:
+            steps = trainer.max_steps
+
+        def next_micro_batch() -> int:  # to overfit, each epoch reads the same batches
+            return 0 if trainer is None or trainer.overfit_batches else trainer.global_step * accumulate
+
         if config.batch_size % world:
             problem = f"it must be a multiple of the number of devices, {world}"
             raise UserError(problem, option="data.batch_size", value=config.batch_size)
         dataset = datasets.TrainDataset(
-            self.read().tokens["train"], config.block_size, config.batch_size, config.seed, accumulate,
-            trainer.global_rank, world, config.sampling, config.token_noise, self.vocab_size,
+            self.read().tokens["train"], config.block_size, config.batch_size, config.seed, accumulate, rank, world,
+            config.sampling, config.token_noise, self.vocab_size,
         )  # fmt: skip
-        start, stop = trainer.global_step * accumulate, trainer.max_steps * accumulate
-        return self._loader(dataset, datasets.ResumableSampler(start, stop))
+        return self._loader(dataset, datasets.StepSampler(steps * accumulate, next_micro_batch))
 
     def eval_step(self) -> int:
         """The step that an evaluation belongs to: the run's, or the checkpoint's."""
-        assert self.trainer is not None
-        return self.trainer.global_step or self.checkpoint.get("step", 0)
+        return (self.trainer.global_step if self.trainer else 0) or self.checkpoint.get("step", 0)
 
     def _num_windows(self, split: str) -> int:
         """How many windows cover a split; its first token is not a target."""
@@ -177,13 +201,13 @@ class TextDataModule(LightningDataModule):
     def eval_dataloader(self, split: str) -> DataLoader[EvalBatch]:
         """The batches of an evaluation of a split, this process's share of them."""
         trainer, config = self.trainer, self.config
-        assert trainer is not None
         dataset, step = self.eval_dataset(split), None
         if config.eval_mode == "sampled":
             purpose = (config.seed, "check", split)  # a fixed key: another one would draw other windows
             dataset = datasets.SampledEvalDataset(*self._eval_args(split), count=config.eval_iters, purpose=purpose)
             step = self.eval_step
-        sampler = datasets.DistributedEvalSampler(len(dataset), trainer.global_rank, trainer.world_size, step)
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        sampler = datasets.DistributedEvalSampler(len(dataset), rank, world, step)
         return self._loader(dataset, sampler)
 
     def val_dataloader(self) -> DataLoader[EvalBatch] | list[DataLoader[EvalBatch]]:
@@ -197,8 +221,9 @@ class TextDataModule(LightningDataModule):
         return self.eval_dataloader("test")
 
     def predict_dataloader(self) -> DataLoader[list[int]]:
-        """Token ids of each prompt."""
-        return DataLoader(self.prompts, batch_size=None, collate_fn=list)  # type: ignore[arg-type]
+        """Token ids of each of `prompts`, by default of one empty prompt."""
+        prompts = self.prompts or [self.tokenizer.encode_prompt("")]
+        return DataLoader(prompts, batch_size=None, collate_fn=list)  # type: ignore[arg-type]
 
     def train_eval_batches(self) -> Iterator[EvalBatch]:
         """As many windows of the training split as an evaluation of the validation split reads."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 from minigpt_pl.data.config import SamplingMode
 from minigpt_pl.data.token_cache import TokenArray
@@ -116,18 +116,23 @@ class TrainDataset(Dataset[Batch]):
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
 
 
-@dataclass(eq=False)
-class ResumableSampler(Sampler[int]):
-    """Indices from `start` to `stop`; its length is that of the whole run, as Lightning's loop and bar count from 0."""
+class FixedSampler(SequentialSampler, DistributedSampler[Any]):
+    """A sampler that Lightning leaves as it is: in a fixed order already, and divided among the processes already."""
 
-    start: int
-    stop: int
+
+@dataclass(eq=False)
+class StepSampler(FixedSampler):
+    """Indices of the micro-batches of one epoch, from where the run stands when the first one is read."""
+
+    length: int  # micro-batches of an epoch
+    start: Callable[[], int]  # the next micro-batch of the run, counted from the first step
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.stop))
+        start = self.start()  # not before the first batch: a checkpoint is restored after this iterator is made
+        yield from range(start, start + self.length)
 
     def __len__(self) -> int:
-        return self.stop
+        return self.length
 
 
 @dataclass(eq=False)
@@ -184,7 +189,7 @@ class SampledEvalDataset(EvalDataset):
 
 
 @dataclass(eq=False)
-class DistributedEvalSampler(Sampler[Any]):
+class DistributedEvalSampler(FixedSampler):
     """This process's share of an evaluation's batches, as many as every other process has."""
 
     count: int  # batches over all processes

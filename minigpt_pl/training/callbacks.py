@@ -1,4 +1,4 @@
-"""What several callbacks need: where a step ends, when an evaluation is due, and the seeds of dropout.
+"""What several callbacks need, and the seeds of dropout.
 
 Each kind of work has its own file: `metrics`, `progress`, `stopping`, `checkpointing`, `summary`, `sampling`.
 """
@@ -6,7 +6,7 @@ Each kind of work has its own file: `metrics`, `progress`, `stopping`, `checkpoi
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 
 from minigpt_pl.runtime.seeding import derive_seed
 
@@ -18,23 +18,21 @@ def get_callback(trainer: Any, cls: type[CallbackType]) -> CallbackType:
     return next(callback for callback in trainer.callbacks if isinstance(callback, cls))
 
 
-def is_step_boundary(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether this micro-batch is the last one of its optimizer step."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-
-
-def eval_due(trainer: Any) -> bool:
-    """Whether an evaluation follows the step that has just ended: at a multiple of eval_every, and at the last step."""
-    return trainer.global_step % trainer.datamodule.config.eval_every == 0 or trainer.should_stop
-
-
 class StepSeeder(Callback):
-    """Makes dropout a pure function of (seed, step, micro-batch, rank): a resumed run draws the same masks."""
+    """Makes dropout a pure function of (seed, step, micro-batch, rank): a resumed run draws the same masks.
+
+    Args:
+        seed: The seed; by default that of the TextDataModule.
+    """
+
+    def __init__(self, seed: int | None = None):
+        self.seed = seed
 
     def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         micro_batch = batch_idx % trainer.accumulate_grad_batches
         purpose = ("dropout", trainer.global_step, micro_batch, trainer.global_rank)
-        seed = derive_seed(trainer.datamodule.config.seed, *purpose, size=7)
+        own_seed = trainer.datamodule.config.seed if self.seed is None else self.seed
+        seed = derive_seed(own_seed, *purpose, size=7)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed is slow: it formats a stack trace for CUDA
         if pl_module.device.type == "cuda":
             torch.cuda.manual_seed(seed)

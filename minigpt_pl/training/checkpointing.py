@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from minigpt_pl.checkpoint.io import BEST_CKPT, LAST_CKPT
 from minigpt_pl.runtime.atomic_io import CONFIG_FILE, atomic_write
 from minigpt_pl.runtime.ranges import PositiveFloat, PositiveInt
-from minigpt_pl.training.callbacks import eval_due, get_callback, is_step_boundary
+from minigpt_pl.training.callbacks import get_callback
+from minigpt_pl.training.patches import evaluation_follows, step_ended
 
 
 @dataclass
@@ -50,8 +51,7 @@ class SaveConfig(Callback):
             atomic_write(Path(trainer.default_root_dir, CONFIG_FILE), text.encode())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        vocab_size = pl_module.net.token_embedding.num_embeddings
-        checkpoint |= {"config": self.config, "wandb_id": self.wandb_id, "vocab_size": vocab_size}
+        checkpoint |= {"config": self.config, "wandb_id": self.wandb_id}
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -88,6 +88,8 @@ class BestCheckpoint(ModelCheckpoint):
             self.best_k_models = {self.path: self.best_model_score}
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
         metrics = pl_module.eval_metrics
         if self.best["best_val"] is None or metrics["val/loss"] < self.best["best_val"]:
             names = ("val/loss", "val/nats_per_char", "val/bits_per_byte")
@@ -121,10 +123,12 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer)  # on a resume too: options may have changed
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if is_step_boundary(trainer, batch_idx) and not eval_due(trainer) and self._is_due(trainer, pl_module):
+        if step_ended(trainer) and self._is_due(trainer, pl_module) and not evaluation_follows(trainer):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         improved = get_callback(trainer, BestCheckpoint).best["best_step"] == trainer.global_step
         if self._is_due(trainer, pl_module) or trainer.should_stop or improved:
             self._save(trainer)

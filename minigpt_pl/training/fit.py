@@ -25,7 +25,7 @@ from minigpt_pl.training.loggers import ResumableCSVLogger, WandbCallback, new_r
 from minigpt_pl.training.metrics import TrainMetrics
 from minigpt_pl.training.patches import set_callbacks
 from minigpt_pl.training.progress import ProgressBar
-from minigpt_pl.training.resume import drops_last_eval, resume_state
+from minigpt_pl.training.resume import dropped_splits, resume_state
 from minigpt_pl.training.stopping import GracefulStop
 from minigpt_pl.training.summary import RunSummary
 
@@ -65,7 +65,7 @@ class FitRunner:
         """Our callbacks, in the order in which they must act."""
         init, run_dir = self.init, str(self.run_dir)
         callbacks = [
-            StepSeeder(), TrainMetrics(), self.summary, init.samples, init.early_stopping, self.stops,
+            StepSeeder(), self.stops, TrainMetrics(), self.summary, init.samples, init.early_stopping,
             BestCheckpoint(run_dir),
             LastCheckpoint(run_dir, init.checkpoint.every_n_train_steps, init.checkpoint.every_n_minutes),
             SaveConfig(self.config, self.wandb_id),
@@ -77,7 +77,7 @@ class FitRunner:
         """Options of the Trainer that the user does not choose."""
         return {
             "default_root_dir": str(self.run_dir),
-            "max_epochs": 1,
+            "max_epochs": -1,
             "max_time": None,
             "check_val_every_n_epoch": None,
             "val_check_interval": self.init.data.config.eval_every * self.init.trainer.accumulate_grad_batches,
@@ -113,9 +113,9 @@ class FitRunner:
                 if note := data.subsampling_note("val"):
                     rank_zero_print(note)
                 if trainer.is_global_zero:
-                    drop_eval = self.resuming and drops_last_eval(self.checkpoint, trainer.max_steps)
+                    dropped = dropped_splits(self.checkpoint, trainer.max_steps) if self.resuming else []
                     path = self.run_dir / METRICS_FILE
-                    trainer.loggers = [ResumableCSVLogger(path, step if self.resuming else 0, drop_eval)]
+                    trainer.loggers = [ResumableCSVLogger(path, step if self.resuming else 0, dropped)]
                     trainer.loggers += [wandb_logger] if wandb_logger else []
                 extra = [WandbCallback(wandb_logger)] if wandb_logger else []
                 set_callbacks(trainer, [*trainer.callbacks, *extra])

@@ -6,24 +6,29 @@ What a model computes is in `models`. What happens beside the loop is in `callba
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric
 
 from minigpt_pl.checkpoint.io import read_checkpoint
 from minigpt_pl.checkpoint.validation import validate_sizes
+from minigpt_pl.data.datasets import IGNORE_INDEX
 from minigpt_pl.generation.generate import SamplingConfig, generate
 from minigpt_pl.models.ablations import STAGES
 from minigpt_pl.models.config import AblationConfig, GPTConfig, ModernConfig
 from minigpt_pl.models.gpt import GPT, ClassicGPT, ModernGPT, token_cross_entropy
 from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.runtime.ranges import NonNegativeFinite
-from minigpt_pl.training.optim import OptimizerConfig, build_optimizer, lr_factor
+from minigpt_pl.training.optim import OptimizerConfig, StepSchedule, build_optimizer
+from minigpt_pl.training.patches import step_ended
+from minigpt_pl.training.running_means import RunningMeans
 
 MAX_LOAD_METRICS = 30  # with two more about experts this is what one panel can show
 
@@ -73,6 +78,8 @@ class LanguageModel(LightningModule, ABC):
     def __init__(self, net: GPT, config: LanguageModelConfig):
         super().__init__()
         self.net, self.config = net, config
+        self.save_hyperparameters(ignore=["net", "config", "_instantiator", "_class_path"])  # those of a subclass
+        self.save_hyperparameters(asdict(config))
         if config.compile:
             self.net.compile()  # in place, so that the names in a checkpoint stay the same
         self.stop_requested = False
@@ -80,51 +87,80 @@ class LanguageModel(LightningModule, ABC):
         self.eval_metrics: dict[str, float] = {}
         """The metrics of the last evaluation, under their logged names."""
         self.sampling = SamplingConfig()
+        """How `predict_step` chooses tokens."""
+        self.on_new_tokens: Callable[[list[int]], None] | None = None
+        """Called in `predict_step` with the next token of each sample, as soon as it is drawn."""
+        self.running_means = RunningMeans()
+        self._train_metrics: tuple[int, dict[str, float]] = (-1, {})
+        self._last_lr = 0.0
         self._eval_outputs: list[list[tuple[Tensor, Tensor]]] = []
-        self.running_sums = torch.zeros(3)  # not a buffer: DDP would overwrite it with the first process's
-        """Losses, balance losses and gradient norms since they were last set to zero, on the device."""
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **overrides: Any) -> Any:
-        """The model of a checkpoint, in eval mode on the CPU; nothing in the file is executed.
+    def load_from_checkpoint(
+        cls, checkpoint_path: Any, map_location: Any = None, hparams_file: Any = None, *args: Any, **overrides: Any
+    ) -> Any:
+        """The model of a checkpoint in eval mode; nothing in the file is executed.
 
         Args:
-            checkpoint_path: The file.
+            checkpoint_path: The file, written by the command line or by any checkpoint callback of Lightning.
+            map_location: The device of the model; by default the CPU.
+            hparams_file: None; the checkpoint holds them.
             args: None; Lightning's other arguments do not apply.
             overrides: New values of arguments that may change.
 
         Raises:
             UserError: If the file is not a whole checkpoint, or holds another class.
         """
-        assert not args, "give the arguments by name"
-        return from_checkpoint(read_checkpoint(checkpoint_path), cls, **overrides)
+        assert hparams_file is None and not args, "the other arguments of Lightning do not apply"
+        model = from_checkpoint(read_checkpoint(checkpoint_path), cls, **overrides)
+        return model if map_location is None else model.to(map_location)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what builds the model again; the command line has added its whole configuration instead."""
+        arguments, vocab_size = dict(self.hparams), self.config.vocab_size
+        del arguments["vocab_size"]
+        model = {"class_path": f"minigpt_pl.{type(self).__name__}", "init_args": arguments}
+        data = dict(getattr(getattr(self.trainer, "datamodule", None), "hparams", {}))
+        seed = data.pop("seed", 0)
+        data.pop("block_size", None)
+        config = {"seed_everything": seed, "model": model, "data": data, "trainer": {}}
+        checkpoint |= {"config": checkpoint.get("config", config), "vocab_size": vocab_size}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of the token that follows each position of ids (B, T)."""
+        logits: Tensor = self.net(ids)[0]
+        return logits
 
     # Training.
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.net, self.config)
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        names = {field.name for field in fields(OptimizerConfig)} & self.hparams.keys()
+        config = OptimizerConfig(**{name: self.hparams[name] for name in names})  # Lightning's tuners write there
+        optimizer = build_optimizer(self.net, config)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": StepSchedule(optimizer, config), "interval": "step"},
+        }
 
     def on_fit_start(self) -> None:
-        self.running_sums = torch.zeros(3, device=self.device)
+        self.running_means.to(self.device)
 
     def on_train_start(self) -> None:
-        for group in self.trainer.optimizers[0].param_groups:  # a checkpoint restores its own, maybe older, value
-            group["weight_decay"] = self.config.weight_decay
+        for schedule in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+            if isinstance(schedule, StepSchedule):
+                schedule.start(self.trainer.global_step, self.trainer.estimated_stepping_batches)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        if self.stop_requested:
-            return -1  # Lightning's code for: no more steps
-        trainer = self.trainer  # the property searches for it each time
-        factor = lr_factor(self.config.lr_schedule, trainer.global_step, trainer.max_steps)
-        for group in trainer.optimizers[0].param_groups:
-            group["lr"] = factor * (self.config.muon_lr if group.get("use_muon") else self.config.lr)
-        return None
+        if not self.stop_requested:
+            return None
+        self.trainer.should_stop = True  # no further epoch either
+        return -1  # Lightning's code for: no more steps in this epoch
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         inputs, targets = batch  # (B, T) each
         logits, aux_loss = self.net(inputs)
         loss = token_cross_entropy(logits, targets).mean()
-        self.running_sums[:2].add_(torch.stack([loss, aux_loss]).detach())
+        self.running_means.add_losses(loss, aux_loss)
         return self.total_loss(loss, aux_loss)
 
     def total_loss(self, loss: Tensor, aux_loss: Tensor) -> Tensor:
@@ -135,14 +171,54 @@ class LanguageModel(LightningModule, ABC):
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         # Lightning's own clipping discards the norm, which is logged here and shows divergence.
-        limit = math.inf if gradient_clip_val is None else gradient_clip_val
+        by_value = gradient_clip_val is not None and gradient_clip_algorithm == "value"
+        limit = math.inf if gradient_clip_val is None or by_value else gradient_clip_val
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.running_sums[2].add_(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        self.running_means.add_grad_norm(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        if by_value:
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)  # type: ignore[arg-type]
+        self._last_lr = optimizer.param_groups[-1]["lr"]  # under Muon, the last group is AdamW's
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.log_is_due():
+            # Loggers take the step from the metrics; Lightning's own count of the steps is one less.
+            metrics = self.train_metrics() | {"step": self.trainer.global_step}
+            precise = {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+            self.log_dict(precise, on_step=True, on_epoch=False)
+
+    def on_train_epoch_end(self) -> None:
+        if self.running_means.steps:  # a callback may monitor them where no logger writes them
+            self.log_dict(self.train_metrics(), logger=False, sync_dist=self.trainer.world_size > 1)
+
+    def log_is_due(self) -> bool:
+        """Whether loggers write the training metrics of the micro-batch that has just ended: Lightning's own rule."""
+        trainer = self.trainer
+        return step_ended(trainer) and (self._is_log_step() or trainer.should_stop or bool(trainer.fast_dev_run))
+
+    def _is_log_step(self) -> bool:
+        every = self.trainer.log_every_n_steps
+        return every > 0 and self.trainer.global_step % every == 0
+
+    def train_metrics(self) -> dict[str, float]:
+        """The training metrics at the end of a step: means since the last log, over all devices.
+
+        The same object for one step, so that a callback can add to it what is logged beside them.
+        """
+        step, metrics = self._train_metrics
+        if step != self.trainer.global_step:
+            loss, aux_loss, grad_norm = self.running_means.compute(self.trainer.strategy)
+            metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "lr": self._last_lr}
+            if extra := self.extra_metrics():
+                metrics |= {"train/aux_loss": aux_loss} | extra
+            self._train_metrics = (self.trainer.global_step, metrics)
+            if self._is_log_step():
+                self.running_means.reset()
+        return metrics
 
     def is_finite(self) -> bool:
         """Whether the losses and gradient norms since the last log, and all weights, are finite."""
         weights = [p.detach().float().sum() for p in self.net.parameters()]
-        return bool(torch.cat([self.running_sums, torch.stack(weights)]).isfinite().all())
+        return bool(torch.cat([self.running_means.sums, torch.stack(weights)]).isfinite().all())
 
     # Evaluation.
 
@@ -150,13 +226,14 @@ class LanguageModel(LightningModule, ABC):
         """Negative log-likelihood in nats of each window's targets (B, T), summed, (B,), in fp32."""
         return token_cross_entropy(self.net(inputs)[0], targets).sum(-1)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        inputs, targets, counts = batch
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int, dataloader_idx: int = 0) -> None:
+        inputs, targets, *rest = batch
+        counts = rest[0] if rest else (targets != IGNORE_INDEX).sum(-1, keepdim=True)
         while len(self._eval_outputs) <= dataloader_idx:
             self._eval_outputs.append([])
         self._eval_outputs[dataloader_idx].append((self.sequence_nll(inputs, targets), counts))
 
-    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
@@ -165,16 +242,29 @@ class LanguageModel(LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         self._log_eval("test")
 
+    def finish_evaluation(self, split: str) -> dict[str, float]:
+        """Computes `eval_metrics` from the outputs of the evaluation that has just ended, and returns them."""
+        if self._eval_outputs:
+            outputs, self._eval_outputs = self._eval_outputs, []
+            self.eval_metrics = self._aggregate(outputs[0], split)
+            if len(outputs) > 1:  # eval_mode sampled estimates the training split too
+                self.eval_metrics["train/eval_loss"] = self._aggregate(outputs[1], "train")["train/loss"]
+        return self.eval_metrics
+
     def _log_eval(self, split: str) -> None:
-        outputs, self._eval_outputs = self._eval_outputs, []
-        self.eval_metrics = self._aggregate(outputs[0], split)
-        if len(outputs) > 1:  # eval_mode sampled estimates the training split too
-            self.eval_metrics["train/eval_loss"] = self._aggregate(outputs[1], "train")["train/loss"]
-        self.log_dict(self.eval_metrics, logger=False, sync_dist=self.trainer.world_size > 1)
+        several = self.trainer.world_size > 1
+        self.log_dict(self.finish_evaluation(split), sync_dist=several)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.log("step", float(self.trainer.global_step), sync_dist=several)  # as for the training metrics
+            if self.running_means.steps:
+                self.log_dict(self.train_metrics(), logger=False, sync_dist=several)
 
     def _aggregate(self, outputs: list[tuple[Tensor, Tensor]], split: str) -> dict[str, float]:
-        """Loss, nats per character, bits per byte and perplexity over all devices, summed in fp64 on the CPU."""
-        nats, counts = (torch.cat(columns) for columns in zip(*outputs, strict=True))  # (windows,), (windows, 3)
+        """Loss and perplexity, nats per character and bits per byte over all devices, summed in fp64 on the CPU.
+
+        The last two need the numbers of characters and bytes, which the batches of a TextDataModule have.
+        """
+        nats, counts = (torch.cat(columns) for columns in zip(*outputs, strict=True))  # (windows,), (windows, 3 or 1)
         if self.trainer.world_size > 1:
             nats, counts = (self.trainer.strategy.all_gather(x).flatten(0, 1) for x in (nats, counts))
         nats = nats.cpu().double()
@@ -184,13 +274,11 @@ class LanguageModel(LightningModule, ABC):
             mean = MeanMetric(nan_strategy=math.nan, sync_on_compute=False).set_dtype(torch.float64)
             mean.update(nats / count.clamp(min=1), count)
             means.append(mean.compute())
-        loss, per_character, per_byte = means
-        values = {
-            "loss": loss,
-            "nats_per_char": per_character,
-            "bits_per_byte": per_byte / math.log(2),
-            "perplexity": loss.exp(),
-        }
+        loss, *per_text = means
+        values = {"loss": loss}
+        if per_text:
+            values |= {"nats_per_char": per_text[0], "bits_per_byte": per_text[1] / math.log(2)}
+        values["perplexity"] = loss.exp()
         return {f"{split}/{name}": value.float().item() for name, value in values.items()}
 
     def extra_metrics(self) -> dict[str, float]:
@@ -214,8 +302,14 @@ class LanguageModel(LightningModule, ABC):
 
     # Generation.
 
-    def predict_step(self, batch: list[int], batch_idx: int) -> Iterator[list[int]]:
-        return generate(self.net, batch, self.sampling)
+    def predict_step(self, batch: list[int], batch_idx: int) -> list[list[int]]:
+        """The tokens that continue a prompt of token ids, a list for each of `sampling.num_samples` samples."""
+        steps = []
+        for tokens in generate(self.net, batch, self.sampling):
+            steps.append(tokens)
+            if self.on_new_tokens is not None:
+                self.on_new_tokens(tokens)
+        return [list(sample) for sample in zip(*steps, strict=True)]
 
 
 class ClassicLM(LanguageModel):

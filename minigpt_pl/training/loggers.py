@@ -10,7 +10,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,12 +36,12 @@ class ResumableCSVLogger(Logger):
     Args:
         path: The file.
         step: Completed steps of the checkpoint that the run resumes from; later rows are dropped and written again.
-        drop_eval: Whether the evaluation of that step is dropped too.
+        dropped: The splits whose row of that step is dropped too.
     """
 
     name = version = ""
 
-    def __init__(self, path: Path, step: int, drop_eval: bool):
+    def __init__(self, path: Path, step: int, dropped: Container[str] = ()):
         super().__init__()
         self.path, self.columns = path, ["step", "split"]
         self.rows: list[dict[str, str]] = []
@@ -51,8 +51,7 @@ class ResumableCSVLogger(Logger):
                 self.columns = list(reader.fieldnames or self.columns)
                 whole = (row for row in reader if row["split"] in ("train", "val"))  # the last may have been cut short
                 self.rows = [row for row in whole if int(row["step"]) <= step]
-            if drop_eval:
-                self.rows = [row for row in self.rows if (row["step"], row["split"]) != (str(step), "val")]
+            self.rows = [row for row in self.rows if row["step"] != str(step) or row["split"] not in dropped]
         self._rewrite()
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -61,6 +60,7 @@ class ResumableCSVLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         split = "val" if "val/loss" in metrics else "train"
         row = {"step": str(step), "split": split} | {name: repr(value) for name, value in metrics.items()}
+        row |= {name: str(int(metrics[name])) for name in metrics.keys() & {"tokens_seen"}}  # Lightning makes floats
         self.rows.append(row)
         if new_columns := [name for name in row if name not in self.columns]:
             self.columns += new_columns
@@ -104,6 +104,9 @@ class BufferedWandbLogger(WandbLogger):
         rows, self._rows, self._flushed_at = self._rows, [], time.monotonic()
         for metrics, step in rows:
             super().log_metrics(metrics, step)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Its config is the whole configuration of the run."""
 
 
 @dataclass
@@ -206,6 +209,8 @@ class WandbCallback(Callback):
             self._baselines = {f"baseline/{name}": metrics["nats_per_char"] for name, metrics in baselines.items()}
 
     def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         import wandb
 
         shown: dict[str, Any] = dict(self._baselines)

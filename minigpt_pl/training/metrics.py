@@ -1,6 +1,6 @@
-"""Training metrics: averaged between two logs, timed, and refused when they are not finite.
+"""What a run adds to the training metrics: tokens, speed, their state in a checkpoint, and an end when they diverge.
 
-The sums come from `lit_modules`; the files that metrics are written to are in `loggers`.
+The metrics themselves come from `lit_modules`; the files that they are written to are in `loggers`.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from minigpt_pl.runtime.errors import DivergenceError
-from minigpt_pl.training.callbacks import is_step_boundary
+from minigpt_pl.training.patches import step_ended
 
 
 class Throughput:
@@ -68,7 +68,7 @@ class Throughput:
 
 
 class TrainMetrics(Callback):
-    """Logs training metrics every log_every_n_steps steps and those of each evaluation; ends a run that diverges.
+    """Adds tokens_seen and the speed to the training metrics; resumes their means exactly; ends a run that diverges.
 
     Attributes:
         tokens_seen: Targets trained on, including those before a resume.
@@ -80,7 +80,7 @@ class TrainMetrics(Callback):
         self.tokens_seen = 0
         self.latest: dict[str, float] = {}
         self.throughput = Throughput()
-        self._unlogged = [0, 0]  # micro-batches and steps since the last log
+        self._restored_counts = [0, 0]  # micro-batches and steps since the last log, from a checkpoint
         self._restored_sums: list[list[float]] = []  # (processes, 3), from a checkpoint
 
     @property
@@ -91,37 +91,39 @@ class TrainMetrics(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self.on_validation_start(trainer, pl_module)
         self.throughput.update(self.tokens_seen)
-        sums = trainer.strategy.all_gather(pl_module.running_sums)  # (3,) or (processes, 3)
+        means = pl_module.running_means
+        sums = trainer.strategy.all_gather(means.sums)  # (3,) or (processes, 3)
         checkpoint["callbacks"][self.state_key] = {
             "tokens_seen": self.tokens_seen,
             "timed_tokens": self.throughput.tokens,
             "timed_seconds": self.throughput.seconds,
-            "unlogged": list(self._unlogged),
-            "running_sums": sums.view(-1, len(pl_module.running_sums)).tolist(),
+            "unlogged": [means.micro_batches, means.steps],
+            "running_sums": sums.view(-1, len(means.sums)).tolist(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens_seen = state_dict["tokens_seen"]
         self.throughput.tokens, self.throughput.seconds = state_dict["timed_tokens"], state_dict["timed_seconds"]
-        self._unlogged, self._restored_sums = list(state_dict["unlogged"]), state_dict["running_sums"]
+        self._restored_counts, self._restored_sums = state_dict["unlogged"], state_dict["running_sums"]
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if self._restored_sums:
             sums = torch.tensor(self._restored_sums)
             same_processes = len(sums) == trainer.world_size
-            pl_module.running_sums.copy_(sums[trainer.global_rank] if same_processes else sums.mean(0))
+            means = pl_module.running_means
+            means.sums.copy_(sums[trainer.global_rank] if same_processes else sums.mean(0))
+            means.micro_batches, means.steps = self._restored_counts
+            self._restored_sums = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.throughput.resume()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.tokens_seen += batch[1].numel() * trainer.world_size
-        self._unlogged[0] += 1
-        if is_step_boundary(trainer, batch_idx):
-            self._unlogged[1] += 1
+        if step_ended(trainer):
             self.throughput.count_step(self.tokens_seen)
-            if trainer.global_step % trainer.log_every_n_steps == 0:
-                self._log(trainer, pl_module)
+            if pl_module.log_is_due():
+                self._complete(trainer, pl_module.train_metrics())
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         if not pl_module.is_finite():  # between two logs nothing else looks
@@ -129,38 +131,19 @@ class TrainMetrics(Callback):
             raise DivergenceError(f"step {trainer.global_step}: {problem}")
         self.throughput.pause()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if not math.isfinite(loss := pl_module.eval_metrics["val/loss"]):
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if not math.isfinite(loss := pl_module.finish_evaluation("val")["val/loss"]):  # before any logger sees it
             raise DivergenceError(f"step {trainer.global_step}: val/loss is {loss}")
-        log_metrics(trainer, pl_module.eval_metrics)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.throughput.pause()
         self.throughput.update(self.tokens_seen)
 
-    def _log(self, trainer: Trainer, pl_module: Any) -> None:
-        sums = trainer.strategy.reduce(pl_module.running_sums.clone(), reduce_op="mean")  # (3,)
-        micro_batches, steps = self._unlogged
-        means = sums / sums.new_tensor([micro_batches, micro_batches, steps])
-        loss, aux_loss, grad_norm = means.tolist()  # the only wait for the device between two logs
+    def _complete(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        loss, grad_norm = metrics["train/loss"], metrics["train/grad_norm"]
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergenceError(f"step {trainer.global_step}: train/loss is {loss}, train/grad_norm is {grad_norm}")
-        self.latest = {
-            "train/loss": loss,
-            "train/grad_norm": grad_norm,
-            "lr": trainer.optimizers[0].param_groups[-1]["lr"],  # under Muon, the last group is AdamW's
-            "tokens_seen": self.tokens_seen,
-        }
+        metrics["tokens_seen"] = self.tokens_seen
         if speed := self.throughput.update(self.tokens_seen):
-            self.latest["perf/tokens_per_s"] = speed
-        if extra := pl_module.extra_metrics():
-            self.latest |= {"train/aux_loss": aux_loss} | extra
-        pl_module.running_sums.zero_()
-        self._unlogged = [0, 0]
-        log_metrics(trainer, self.latest)
-
-
-def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
-    """Passes metrics to every logger with the number of completed steps; Lightning's own count is one less."""
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, trainer.global_step)
+            metrics["perf/tokens_per_s"] = speed
+        self.latest = metrics

@@ -1,6 +1,6 @@
 """How weights are updated: the optimizer's options, parameter groups, AdamW and Muon, the learning-rate schedule.
 
-The schedule is a pure function of the step. Who applies it is in `lit_modules`.
+The schedule is a pure function of the step. `lit_modules` hands it to Lightning.
 """
 
 import math
@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from minigpt_pl.models.gpt import GPT
+from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.runtime.ranges import NonNegativeFinite, PositiveFinite
 
 OptimizerName = Literal["adamw", "muon"]
@@ -141,6 +143,51 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     assert product is not None
     x = product @ x
     return x.mT if matrices.size(-2) > matrices.size(-1) else x
+
+
+class StepSchedule(LRScheduler):
+    """The peak rate of each group of an optimizer, times `lr_factor` of the step; it keeps no state of its own.
+
+    Args:
+        optimizer: Its rates are the peaks.
+        config: The options of the schedule.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: OptimizerConfig):
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.config, self.max_steps = config, 0
+        super().__init__(optimizer)
+
+    def start(self, step: int, max_steps: float) -> None:
+        """Sets the rates for the update that follows `step` completed ones, of `max_steps` in all.
+
+        Raises:
+            UserError: If the schedule falls towards a last step, and there is none.
+        """
+        if self.config.lr_schedule != "constant" and not 0 < max_steps < math.inf:
+            problem, remedy = "it needs the number of steps", "set max_steps or max_epochs, or use constant"
+            raise UserError(problem, option="model.lr_schedule", value=self.config.lr_schedule, remedy=remedy)
+        self.last_epoch, self.max_steps = step - 1, int(max_steps) if max_steps < math.inf else 0
+        for group in self.optimizer.param_groups:  # a checkpoint restores its own, maybe older, value
+            group["weight_decay"] = self.config.weight_decay
+        self.step()
+
+    def step(self, epoch: int | None = None) -> None:
+        """Sets the rates of the next update."""
+        self.last_epoch += 1
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
+
+    def get_lr(self) -> list[float | Tensor]:
+        factor = lr_factor(self.config.lr_schedule, self.last_epoch, self.max_steps) if self.max_steps else 1.0
+        return [factor * peak for peak in self.peaks]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: `start` sets what follows from the step."""
 
 
 def lr_factor(schedule: LRSchedule, step: int, max_steps: int) -> float:

@@ -32,6 +32,17 @@ def set_callbacks(trainer: Any, callbacks: list[Callback]) -> None:
     trainer.callbacks = callbacks
 
 
+def step_ended(trainer: Any) -> bool:
+    """Whether the micro-batch that has just ended was the last one of its optimizer step."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def evaluation_follows(trainer: Any) -> bool:
+    """Whether Lightning evaluates after the micro-batch that has just ended."""
+    loop = trainer.fit_loop
+    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
 def keep_signal_handlers(trainer: Any) -> None:
     """Keeps the handlers of `runtime.signals` during a fit.
 

@@ -44,7 +44,7 @@ class ProgressBar(TQDMProgressBar):
         enough_seconds = MIN_TIMED_SECONDS if throughput.steps >= MIN_TIMED_STEPS else MAX_TIMED_SECONDS
         if throughput.steps < 2 or throughput.clock() < enough_seconds:
             return
-        pl_module.running_sums.tolist()  # waits until the device has done these steps
+        pl_module.running_means.sums.tolist()  # waits until the device has done these steps
         seconds = time.perf_counter() - throughput.started_at + self.seconds_left(trainer)
         if seconds >= MIN_ANNOUNCED_SECONDS and trainer.is_global_zero:
             steps, speed = trainer.max_steps - self._first_step, tokens_per_step / throughput.seconds_per_step()
@@ -77,7 +77,7 @@ class ProgressBar(TQDMProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         super().on_validation_end(trainer, pl_module)
-        if trainer.state.fn != "fit" or not trainer.is_global_zero:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
             return
         self._evals += 1
         train, val = get_callback(trainer, TrainMetrics).latest, pl_module.eval_metrics

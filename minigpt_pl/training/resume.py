@@ -38,8 +38,16 @@ def loop_state(steps: int, micro_batches: int, evaluated: bool) -> dict[str, Any
 
 def drops_last_eval(checkpoint: dict[str, Any], max_steps: int) -> bool:
     """Whether the run is extended past an evaluation that was due only because the run ended there."""
+    return "val" in dropped_splits(checkpoint, max_steps)
+
+
+def dropped_splits(checkpoint: dict[str, Any], max_steps: int) -> list[str]:
+    """The splits whose metrics the checkpoint's step has only because the run ended there, which is now extended."""
     step, config = checkpoint["global_step"], checkpoint["config"]
-    return step == config["trainer"]["max_steps"] < max_steps and step % config["data"]["eval_every"] != 0
+    if not step == config["trainer"]["max_steps"] < max_steps:
+        return []
+    intervals = {"train": config["trainer"]["log_every_n_steps"] or 50, "val": config["data"]["eval_every"]}
+    return [split for split, every in intervals.items() if step % every]
 
 
 def eval_protocol(data: dict[str, Any], text_sha256: str) -> tuple[Any, ...]:

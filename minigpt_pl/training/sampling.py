@@ -48,6 +48,8 @@ class SampleCallback(Callback):
             atomic_write(path, "".join(format_sample(*sample) for sample in samples).encode())
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
         step = trainer.global_step
         due = step // trainer.datamodule.config.eval_every % self.every_n_evals == 0 or step >= trainer.max_steps
         if trainer.is_global_zero and due:
@@ -84,20 +86,24 @@ class PredictionWriter(Callback):
 
     separator = ""
 
+    def on_predict_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        decode = trainer.datamodule.tokenizer.decode
+
+        def write(tokens: list[int]) -> None:
+            sys.stdout.write(decode(tokens[:1]))  # the first sample appears while it is generated
+            sys.stdout.flush()
+
+        sys.stdout.write(self.separator + decode(batch))
+        self.separator = "---\n"
+        pl_module.on_new_tokens = write
+
     def on_predict_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        tokenizer = trainer.datamodule.tokenizer
-        prompt = tokenizer.decode(batch)
-        sys.stdout.write(self.separator + prompt)
-        self.separator = "---\n"
-        steps = []  # one token of each sample
-        for tokens in outputs:
-            steps.append(tokens)
-            sys.stdout.write(tokenizer.decode(tokens[:1]))  # the first sample appears while it is generated
-            sys.stdout.flush()
-        _, *others = zip(*steps, strict=True)
-        for sample in others:
-            sys.stdout.write(f"\n{self.separator}{prompt}{tokenizer.decode(list(sample))}")
+        decode = trainer.datamodule.tokenizer.decode
+        for sample in outputs[1:]:
+            sys.stdout.write(f"\n{self.separator}{decode(batch)}{decode(sample)}")
         sys.stdout.write("\n")
         sys.stdout.flush()

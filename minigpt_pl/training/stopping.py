@@ -15,8 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.ranges import NonNegativeFloat, PositiveInt
-from minigpt_pl.training.callbacks import is_step_boundary
-from minigpt_pl.training.patches import keep_signal_handlers
+from minigpt_pl.training.patches import keep_signal_handlers, step_ended
 
 
 @final  # so that the command line takes its options without init_args, and null for the whole
@@ -103,7 +102,7 @@ class GracefulStop(Callback):
             signals.defer(True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if is_step_boundary(trainer, batch_idx):
+        if step_ended(trainer):
             self._check(trainer, pl_module)
             if trainer.global_step >= trainer.max_steps:
                 trainer.should_stop = True  # makes Lightning evaluate first, also between multiples of eval_every

@@ -93,6 +93,8 @@ class RunSummary(Callback):
         }
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
         self._before_last_eval = {"final_val": self.final_val}
         self.final_val = pl_module.eval_metrics["val/loss"]
 

@@ -13,11 +13,11 @@ from torch import nn
 
 from minigpt_pl.__main__ import main
 from minigpt_pl.data.datamodule import TextDataModule
-from minigpt_pl.data.datasets import ResumableSampler, TrainDataset
+from minigpt_pl.data.datasets import StepSampler, TrainDataset
 from minigpt_pl.models.gpt import token_cross_entropy
 from minigpt_pl.training.fit import FitRunner
 from minigpt_pl.training.lit_modules import ModernLM
-from minigpt_pl.training.optim import lr_factor
+from minigpt_pl.training.optim import build_optimizer, lr_factor
 
 pytestmark = pytest.mark.bench
 WARMUP = 5
@@ -34,13 +34,13 @@ def default_modules(**sizes: int) -> tuple[ModernLM, TextDataModule]:
 
 def train_loader(data: TextDataModule, steps: int) -> torch.utils.data.DataLoader[Any]:
     batches = TrainDataset(data.tokens("train"), data.config.block_size, data.config.batch_size, seed=1337)
-    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=ResumableSampler(0, steps))
+    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=StepSampler(steps, lambda: 0))
 
 
 def bare_loop(steps: int, **sizes: int) -> float:
     """Seconds per step of the same batches, model, clipping, schedule and optimizer, and nothing else."""
     model, data = default_modules(**sizes)
-    optimizer = model.configure_optimizers()
+    optimizer = build_optimizer(model.net, model.config)
     for i, (x, y) in enumerate(train_loader(data, steps)):
         if i == WARMUP:
             start = time.perf_counter()
@@ -82,7 +82,7 @@ class PlainModule(pl.LightningModule):
         return token_cross_entropy(self.model.net(batch[0])[0], batch[1]).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.model.configure_optimizers()
+        return build_optimizer(self.model.net, self.model.config)
 
 
 def plain_trainer(steps: int, **sizes: int) -> float:

@@ -46,21 +46,18 @@ def plain(node: Any) -> Any:
 
 def learning_rates(run: Built, steps: list[int]) -> list[float]:
     """The learning rate of the update that follows so many steps."""
-    run.trainer.strategy.connect(run.model)
-    run.model.trainer, run.trainer.strategy.optimizers = run.trainer, [run.model.configure_optimizers()]
-    progress = run.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+    schedule: Any = run.model.configure_optimizers()["lr_scheduler"]["scheduler"]
     rates = []
     for step in steps:
-        progress.completed = step
-        run.model.on_train_batch_start(None, 0)
-        rates.append(run.trainer.optimizers[0].param_groups[0]["lr"])
+        schedule.start(step, run.trainer.max_steps)
+        rates.append(schedule.optimizer.param_groups[0]["lr"])
     return rates
 
 
 def describe(run: Built) -> dict[str, Any]:
     """Everything that makes a run what it is, in plain values."""
     net, steps = run.model.net, run.trainer.max_steps
-    optimizer = run.model.configure_optimizers()
+    optimizer = run.model.configure_optimizers()["optimizer"]
     groups = [{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")} for group in optimizer.param_groups]
     looked_at = [0, 1, steps // 20, steps // 2, steps]
     rates = learning_rates(run, looked_at)
@@ -293,7 +290,7 @@ def test_the_parameter_table_reaches_the_objects(name: str) -> None:
     built["seed"] = {data.config.seed}
 
     # The optimizer, and when training ends.
-    optimizer = run.model.configure_optimizers()
+    optimizer = run.model.configure_optimizers()["optimizer"]
     assert type(optimizer) is torch.optim.AdamW
     assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == net.params_total()
     built["weight_decay"] = {group["weight_decay"] for group in optimizer.param_groups}

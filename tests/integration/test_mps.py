@@ -25,6 +25,7 @@ from torchgen.model import DispatchKey
 from minigpt_pl.generation.generate import SamplingConfig, generate
 from minigpt_pl.models.gpt import GPT
 from minigpt_pl.training.lit_modules import ClassicLM, LanguageModel, ModernLM
+from minigpt_pl.training.optim import build_optimizer
 
 THERE = torch.device("meta")  # of the devices that are no CPU, the one that every build of torch knows
 
@@ -188,7 +189,7 @@ def language_model(kind: str, dropout: float) -> LanguageModel:
 def place(model: LanguageModel) -> None:
     """As Lightning does when a run begins."""
     move(model)
-    model.running_sums = Elsewhere(model.running_sums)
+    model.running_means.sums = Elsewhere(model.running_means.sums)
 
 
 def training_step(model: LanguageModel, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> None:
@@ -212,13 +213,13 @@ def test_a_training_step(kind: str, dropout: float) -> None:
     with tracing() as trace:
         model, ids = language_model(kind, dropout), some_ids(4, 17)
         place(model)
-        optimizer = model.configure_optimizers()
+        optimizer = build_optimizer(model.net, model.config)
         for _ in range(2):  # the first one makes the optimizer's state
             trace.waits.clear()
             training_step(model, optimizer, (Elsewhere(ids[:, :-1]), Elsewhere(ids[:, 1:])))
             experts = len(list(model.net.moe_layers()))
             assert len(trace.waits) <= experts, trace.waits
-        assert 0 < model.running_sums.tolist()[0] < 20
+        assert 0 < model.running_means.sums.tolist()[0] < 20
         assert model.is_finite()
     read_all(trace)
 
@@ -305,10 +306,10 @@ def test_missing_kernels_and_float64_are_seen_and_harmless_ops_are_not() -> None
 
 def test_the_stand_in_computes_what_the_cpu_computes() -> None:
     def losses(model: LanguageModel, wrap: Callable[[Tensor], Tensor]) -> list[float]:
-        optimizer, ids, found = model.configure_optimizers(), some_ids(4, 17), []
+        optimizer, ids, found = build_optimizer(model.net, model.config), some_ids(4, 17), []
         for _ in range(3):
             training_step(model, optimizer, (wrap(ids[:, :-1]), wrap(ids[:, 1:])))
-            found.append(model.running_sums.tolist()[0])
+            found.append(model.running_means.sums.tolist()[0])
         return found
 
     expected = losses(language_model("mixtral", 0.0), lambda x: x)

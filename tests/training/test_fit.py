@@ -157,7 +157,7 @@ def test_metrics_csv_has_a_row_for_each_log_and_each_evaluation(finished: tuple[
     run, _ = finished
     rows, summary = rows_of(run), summary_of(run)
     keys = [(int(row["step"]), row["split"]) for row in rows]
-    assert keys == [(4, "val"), (5, "train"), (8, "val"), (10, "train"), (12, "val")]
+    assert keys == [(4, "val"), (5, "train"), (8, "val"), (10, "train"), (12, "train"), (12, "val")]
     for row in rows:
         filled = {name for name, value in row.items() if value} - {"step", "split"}
         val = {"val/loss", "val/nats_per_char", "val/bits_per_byte", "val/perplexity"}
