@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt_pl.models.gpt import GPT
-from minigpt_pl.runtime.ranges import NonNegativeFinite, PositiveFinite
+from minigpt_pl.runtime.ranges import NonNegativeFinite, NonNegativeInt, PositiveFinite
 
 OptimizerName = Literal["adamw", "muon"]
 LRSchedule = Literal["cosine", "constant"]
@@ -26,6 +26,7 @@ class OptimizerConfig:
         lr: Peak learning rate; with muon, that of all but Muon's matrices.
         weight_decay: Weight decay of every parameter.
         lr_schedule: cosine, after a warm-up, or constant.
+        warmup_steps: Updates in the warm-up; null for max(50, max_steps // 20).
         optimizer: adamw, or muon for the matrices in the blocks and adamw for all else.
         muon_lr: Peak learning rate of Muon's matrices.
     """
@@ -33,6 +34,7 @@ class OptimizerConfig:
     lr: PositiveFinite
     weight_decay: NonNegativeFinite
     lr_schedule: LRSchedule = "cosine"
+    warmup_steps: NonNegativeInt | None = None
     optimizer: OptimizerName = "muon"
     muon_lr: PositiveFinite = 0.01
 
@@ -143,14 +145,14 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     return x.mT if matrices.size(-2) > matrices.size(-1) else x
 
 
-def lr_factor(schedule: LRSchedule, step: int, max_steps: int) -> float:
+def lr_factor(schedule: LRSchedule, step: int, max_steps: int, warmup_steps: int | None = None) -> float:
     """The factor of the peak learning rate in the update that follows `step` completed ones.
 
-    cosine: linear warm-up over max(50, max_steps // 20) updates, then half a cosine down to a tenth at max_steps.
+    cosine: linear warm-up over so many updates, then half a cosine down to a tenth at max_steps.
     """
     if schedule == "constant":
         return 1.0
-    warmup = max(50, max_steps // 20)
+    warmup = max(50, max_steps // 20) if warmup_steps is None else warmup_steps
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))

@@ -23,7 +23,7 @@ from minigpt_pl.cli import options
 from minigpt_pl.cli.app import MiniGPTCLI
 from minigpt_pl.cli.options import flatten
 from minigpt_pl.data.tokenizer import BPETokenizer, CharTokenizer
-from minigpt_pl.models.config import GPTConfig, ModernConfig
+from minigpt_pl.models.config import ClassicConfig, ModernConfig
 from minigpt_pl.models.dropout import Dropout
 from minigpt_pl.models.gpt import ClassicGPT, ModernGPT
 from minigpt_pl.runtime.quiet import silence_libraries
@@ -267,7 +267,7 @@ def test_the_parameter_table_reaches_the_objects(name: str) -> None:
     }  # with defaults otherwise
     if isinstance(net, ClassicGPT):
         assert net.position_embedding.num_embeddings == table["block_size"]
-        twin = ClassicGPT(GPTConfig(**sizes), seed=table["seed"])
+        twin = ClassicGPT(ClassicConfig(**sizes), seed=table["seed"])
     else:
         assert isinstance(net, ModernGPT)
         built["rms_norm_eps"] = {module.eps for module in net.modules() if isinstance(module, nn.RMSNorm)}
