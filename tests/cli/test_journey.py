@@ -209,13 +209,13 @@ def test_two_runs_of_the_table_train_alike_until_the_first_stops(tmp_path: Path)
     tiny = [
         "--model.n_layer", 1, "--model.n_embd", 16, "--model.block_size", 16, "--data.batch_size", 4,
         "--data.eval_every", 2, "--data.max_eval_tokens", 64, "--early_stopping.patience", 1, "--trainer.max_steps", 16,
-        "--wandb", "null",
+        "--wandb", "null", "--model.lr", 3e-4, "--model.warmup_steps", 50,
     ]  # fmt: skip
     silence_libraries()
     seen, ends = {}, {}
     for name in ("classic_tuned", "p2_refine"):
         hashes = Hashes()
-        words = ["-c", f"journey/{name}", *tiny, "--model.lr", 3e-4, "--run_dir", tmp_path / name]
+        words = ["-c", f"journey/{name}", *tiny, "--run_dir", tmp_path / name]
         Followed("fit", [str(word) for word in words])
         seen[name] = hashes.after
         ends[name] = json.loads((tmp_path / name / "summary.json").read_text())
