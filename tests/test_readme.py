@@ -83,5 +83,6 @@ def test_it_is_short_and_names_every_room_and_config() -> None:
     assert set(re.findall(r"^(\w+)/ ", README, re.MULTILINE)) == rooms
     for path in PROJECT.glob("configs/[a-z]*.yaml"):
         assert re.search(rf"\b{path.stem}\b", README), path.name
+    journey = (PROJECT / "docs" / "journey.md").read_text("utf-8")
     for path in PROJECT.glob("configs/journey/*.yaml"):
-        assert path.stem in README, path.name
+        assert path.stem in README + journey, path.name

@@ -70,8 +70,8 @@ def gpt2(model: ClassicGPT) -> Layout:
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": model.head.out_features,
         "n_positions": model.block_size, "n_embd": model.head.in_features, "n_layer": len(model.blocks),
         "n_head": block.attention.n_head, "n_inner": block.feed_forward.up.out_features,
-        "activation_function": "gelu_new", "layer_norm_epsilon": block.norm_1.eps, "tie_word_embeddings": False,
-        **NO_SPECIAL_TOKENS,
+        "activation_function": {"tanh": "gelu_new", "exact": "gelu"}[block.feed_forward.gelu],
+        "layer_norm_epsilon": block.norm_1.eps, "tie_word_embeddings": False, **NO_SPECIAL_TOKENS,
     }  # fmt: skip
     weights = {  # GPT-2 stores the matrices of its blocks as (in, out)
         name: weight.T if name.startswith("blocks.") and weight.dim() == 2 else weight

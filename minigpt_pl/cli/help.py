@@ -16,7 +16,7 @@ from minigpt_pl.cli.options import CONFIGS, TRAINER_HELP, OptionSpec, flatten, o
 WIDTH, COLUMN = 110, 38
 TITLES = {
     "": "The run",
-    "model": "The model and its optimizer",
+    "model": "The model and its optimizer; --model.help ClassicLM lists those of another model",
     "data": "The text, batches and evaluation",
     "sample": "Prompts and sampling",
     "early_stopping": "Early stopping; --early_stopping null disables it",
@@ -44,7 +44,7 @@ def render_help(command: str, args: list[str]) -> str:
             models = named if group == "model" and named else [spec.only]
             return name.startswith(f"{group}.") and spec.only in ("", *models)
         rare = name.startswith("trainer.") and name.removeprefix("trainer.") not in TRAINER_HELP
-        return not (rare or spec.only == "AblationLM" or name.startswith(HIDDEN.get(command, ())))
+        return not (rare or spec.only not in ("", "ModernLM") or name.startswith(HIDDEN.get(command, ())))
 
     shown = {name: spec for name, spec in option_specs(command).items() if is_shown(name, spec)}
     defaults = {name: spec.default for name, spec in shown.items()}

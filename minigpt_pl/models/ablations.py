@@ -5,13 +5,14 @@ initialisation. Both are bit-exact. What lies beyond (regularisation, context, e
 `configs/studies/ablations.yaml`.
 """
 
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
 
 from minigpt_pl.models.attention import RotaryEmbedding
 from minigpt_pl.models.blocks import RMSNorm, SwiGLU
-from minigpt_pl.models.config import GPTConfig, ModernConfig, Stage
+from minigpt_pl.models.config import ClassicConfig, GPTConfig, ModernConfig, Stage
 from minigpt_pl.models.gpt import ClassicGPT, init_weights, residual_std
 
 
@@ -24,7 +25,8 @@ class AblationGPT(ClassicGPT):
     """
 
     def __init__(self, config: GPTConfig, seed: int):
-        super().__init__(config, seed)
+        sizes = {field.name: getattr(config, field.name) for field in fields(GPTConfig)}
+        super().__init__(ClassicConfig(**sizes), seed)
         self.n_embd = config.n_embd
         self.replace_modules(list(self.blocks))
         self.init_again(seed)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minigpt_pl.models.attention import KVCache
+from minigpt_pl.models.config import GELU
 from minigpt_pl.models.cpu_ops import CPURMSNorm, inverse_rms
 from minigpt_pl.models.dropout import Dropout
 
@@ -33,10 +34,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class MLP(nn.Module):
-    """GPT-2's feed-forward network: hidden width 4 C, GELU in its tanh form."""
+    """GPT-2's feed-forward network: hidden width 4 C, GELU (Hendrycks & Gimpel, arXiv 1606.08415).
 
-    def __init__(self, n_embd: int):
+    Args:
+        n_embd: Width C.
+        gelu: GELU by the error function, or GPT-2's approximation of it by tanh.
+    """
+
+    def __init__(self, n_embd: int, gelu: GELU = "tanh"):
         super().__init__()
+        self.gelu = gelu
         self.up = nn.Linear(n_embd, 4 * n_embd)
         self.down = nn.Linear(4 * n_embd, n_embd)
 
@@ -45,7 +52,7 @@ class MLP(nn.Module):
         return [self.up.weight, self.down.weight]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(F.gelu(self.up(x), approximate="tanh" if self.gelu == "tanh" else "none"))
 
 
 class SwiGLU(nn.Module):
@@ -79,7 +86,8 @@ class Block(nn.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + feed_forward(norm(x)); dropout on both branches.
 
     A feed-forward network may return (y, balance loss), as `moe.MoE` does; the block passes that loss on, else None.
-    Where there are short convolutions, they lie between the norm and its branch.
+    Where there are short convolutions, they lie between the norm and its branch. Without `attention_output_dropout`,
+    only the second branch has dropout.
     """
 
     def __init__(
@@ -91,6 +99,8 @@ class Block(nn.Module):
         dropout: float,
         conv_1: nn.Module | None = None,
         conv_2: nn.Module | None = None,
+        *,
+        attention_output_dropout: bool = True,
     ):
         super().__init__()
         self.norm_1 = norm_1
@@ -100,12 +110,14 @@ class Block(nn.Module):
         self.conv_2 = conv_2
         self.feed_forward = feed_forward
         self.dropout = Dropout(dropout)
+        self.attention_output_dropout = attention_output_dropout
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
         y = self.norm_1(x)  # (B, T, C)
         if self.conv_1 is not None:
             y = self.conv_1(y, cache)
-        x = x + self.dropout(self.attention(y, cache))
+        y = self.attention(y, cache)
+        x = x + (self.dropout(y) if self.attention_output_dropout else y)
         y = self.norm_2(x)
         if self.conv_2 is not None:
             y = self.conv_2(y, cache)

@@ -4,12 +4,14 @@
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.runtime.ranges import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 
 RouterGate = Literal["softmax_all", "softmax_selected"]
+GELU = Literal["tanh", "exact"]
+WeightInit = Literal["gpt2", "torch"]
 Stage = Literal["classic", "rmsnorm", "rope", "swiglu", "tied"]
 
 
@@ -43,6 +45,26 @@ class GPTConfig:
     def _require(self, name: str, good: bool, problem: str) -> None:
         if not good:
             raise UserError(problem, option=f"model.{name}", value=getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassicConfig(GPTConfig):
+    """Sizes of the classic decoder, and what decoders of its time do differently.
+
+    Args:
+        gelu: tanh for GPT-2's approximation, exact for the error function.
+        weight_init: gpt2 for small normal weights, torch for the defaults of torch's own modules.
+        attention_output_dropout: Apply dropout to the output of attention too.
+    """
+
+    gelu: GELU = "tanh"
+    weight_init: WeightInit = "gpt2"
+    attention_output_dropout: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in ("gelu", get_args(GELU)), ("weight_init", get_args(WeightInit)):
+            self._require(name, getattr(self, name) in choices, f"it must be {' or '.join(choices)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from minigpt_pl.models.attention import CausalSelfAttention, KVCache, RotaryEmbedding
 from minigpt_pl.models.blocks import MLP, Block, RMSNorm, SwiGLU
-from minigpt_pl.models.config import GPTConfig, ModernConfig
+from minigpt_pl.models.config import ClassicConfig, GPTConfig, ModernConfig
 from minigpt_pl.models.dropout import Dropout
 from minigpt_pl.models.moe import MoE
 from minigpt_pl.models.short_conv import ShortConv
@@ -133,15 +133,43 @@ def residual_std(n_layer: int) -> float:
     return 0.02 / math.sqrt(2 * n_layer)
 
 
+def init_weights_as_torch(model: nn.Module, seed: int) -> None:
+    """Draws every parameter as torch's own modules do by default, but from one generator of its own.
+
+    Attention is drawn as nn.MultiheadAttention: Xavier-uniform queries, keys and values, as one matrix (3 C, C), and
+    no biases. Other linear layers are Kaiming-uniform (a = sqrt(5)), embeddings N(0, 1), norms 1 and 0.
+
+    Args:
+        model: Its parameters are overwritten in place.
+        seed: Seed of the generator; torch's global generator is not used.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, generator=generator)
+        elif isinstance(module, nn.Linear):
+            nn.init.kaiming_uniform_(module.weight, math.sqrt(5), generator=generator)
+            if module.bias is not None:
+                bound = module.in_features**-0.5
+                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+    for module in model.modules():  # after the linear layers, of which an attention has two
+        if isinstance(module, CausalSelfAttention):
+            nn.init.xavier_uniform_(module.qkv.weight, generator=generator)
+            nn.init.zeros_(module.qkv.bias)
+            nn.init.zeros_(module.out.bias)
+
+
 class ClassicGPT(GPT):
     """GPT-2's decoder (Radford et al. 2019): learned positions, LayerNorm, GELU, biases; an untied head.
 
     Args:
         config: The sizes.
-        seed: Seed of the initial weights: N(0, 0.02), and `residual_std` where GPT-2 has it.
+        seed: Seed of the initial weights. gpt2: N(0, 0.02), and `residual_std` where GPT-2 has it.
     """
 
-    def __init__(self, config: GPTConfig, seed: int):
+    def __init__(self, config: ClassicConfig, seed: int):
         super().__init__(config)
         n_embd = config.n_embd
         self.token_embedding = nn.Embedding(config.vocab_size, n_embd)
@@ -152,14 +180,18 @@ class ClassicGPT(GPT):
                 nn.LayerNorm(n_embd),
                 CausalSelfAttention(n_embd, config.n_head, config.dropout, bias=True),
                 nn.LayerNorm(n_embd),
-                MLP(n_embd),
+                MLP(n_embd, config.gelu),
                 config.dropout,
+                attention_output_dropout=config.attention_output_dropout,
             )
             for _ in range(config.n_layer)
         )
         self.norm = nn.LayerNorm(n_embd)
         self.head = nn.Linear(n_embd, config.vocab_size, bias=False)
-        init_weights(self, seed, dict.fromkeys(self.branch_outputs(), residual_std(config.n_layer)))
+        if config.weight_init == "torch":
+            init_weights_as_torch(self, seed)
+        else:
+            init_weights(self, seed, dict.fromkeys(self.branch_outputs(), residual_std(config.n_layer)))
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.size(1)]

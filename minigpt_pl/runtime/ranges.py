@@ -5,7 +5,8 @@ jsonargparse registers each range once in a process, so all rooms take their typ
 
 import math
 import re
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from jsonargparse.typing import (
     NonNegativeFloat,
@@ -50,11 +51,14 @@ def check_ranges(config: Any, group: str) -> None:
         UserError: For the first field that is out of its range.
     """
     for name, kind in get_type_hints(type(config)).items():
-        if words := describe_range(kind):
-            value = getattr(config, name)
-            try:
-                number = kind(value)
-            except ValueError:
-                raise UserError(f"it must be {words}", option=f"{group}.{name}", value=value) from None
-            # A frozen dataclass forbids an ordinary assignment, in its __post_init__ too.
-            object.__setattr__(config, name, int(number) if issubclass(kind, int) else float(number))
+        value, members = getattr(config, name), get_args(kind) or (kind,)
+        restricted = next((member for member in members if describe_range(member)), None)
+        if restricted is None or (value is None and NoneType in members):
+            continue
+        try:
+            number = restricted(value)
+        except ValueError:
+            problem = f"it must be {describe_range(restricted)}"
+            raise UserError(problem, option=f"{group}.{name}", value=value) from None
+        # A frozen dataclass forbids an ordinary assignment, in its __post_init__ too.
+        object.__setattr__(config, name, int(number) if issubclass(restricted, int) else float(number))

@@ -22,7 +22,7 @@ from minigpt_pl.checkpoint.validation import validate_sizes
 from minigpt_pl.data.datasets import IGNORE_INDEX
 from minigpt_pl.generation.generate import SamplingConfig, generate
 from minigpt_pl.models.ablations import STAGES
-from minigpt_pl.models.config import AblationConfig, GPTConfig, ModernConfig
+from minigpt_pl.models.config import AblationConfig, ClassicConfig, GPTConfig, ModernConfig
 from minigpt_pl.models.gpt import GPT, ClassicGPT, ModernGPT, token_cross_entropy
 from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.runtime.ranges import NonNegativeFinite
@@ -42,6 +42,11 @@ class LanguageModelConfig(OptimizerConfig, GPTConfig):
     """
 
     compile: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassicLMConfig(ClassicConfig, LanguageModelConfig):
+    """Of ClassicLM."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +74,10 @@ class LanguageModel(LightningModule, ABC):
     """
 
     config_class: ClassVar[type[LanguageModelConfig]] = LanguageModelConfig
-    mutable_args: ClassVar[frozenset[str]] = frozenset(
-        {"lr", "muon_lr", "weight_decay", "lr_schedule", "dropout", "compile", "moe_aux_loss_coef"}
-    )
+    mutable_args: ClassVar[frozenset[str]] = frozenset({
+        "lr", "muon_lr", "weight_decay", "lr_schedule", "warmup_steps", "dropout", "attention_output_dropout",
+        "compile", "moe_aux_loss_coef",
+    })  # fmt: skip
     """Arguments that do not change what trained weights compute in eval mode."""
 
     @abstractmethod
@@ -316,11 +322,13 @@ class ClassicLM(LanguageModel):
     """GPT-2's decoder at a small size: learned positions, LayerNorm, GELU.
 
     Args:
-        config: The arguments of LanguageModelConfig.
+        config: The arguments of ClassicLMConfig.
     """
 
+    config_class = ClassicLMConfig
+
     def __init__(self, **config: Any):
-        args = LanguageModelConfig(**config)
+        args = ClassicLMConfig(**config)
         super().__init__(ClassicGPT(args, seed=torch.initial_seed()), args)
 
 
@@ -379,9 +387,8 @@ def from_checkpoint(
     if not issubclass(cls, expected):
         raise UserError(f"the checkpoint holds a {cls.__name__}, not a {expected.__name__}")
     if fixed := overrides.keys() - cls.mutable_args:
-        known = ", ".join(sorted(cls.mutable_args))
+        known = ", ".join(sorted(cls.mutable_args & cls.config_class.__dataclass_fields__.keys()))
         raise UserError(f"{', '.join(sorted(fixed))}: of a trained {cls.__name__} only {known} may change")
-    args: dict[str, Any] = {**model["init_args"], **overrides, "vocab_size": saved["vocab_size"]}
-    built = cls(**args)
+    built = cls(**{**model["init_args"], **overrides, "vocab_size": saved["vocab_size"]})
     built.load_state_dict(saved["state_dict"])
     return built.eval()

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from minigpt_pl.models.gpt import GPT
 from minigpt_pl.runtime.errors import UserError
-from minigpt_pl.runtime.ranges import NonNegativeFinite, PositiveFinite
+from minigpt_pl.runtime.ranges import NonNegativeFinite, NonNegativeInt, PositiveFinite
 
 OptimizerName = Literal["adamw", "muon"]
 LRSchedule = Literal["cosine", "constant"]
@@ -28,6 +28,7 @@ class OptimizerConfig:
         lr: Peak learning rate; with muon, that of all but Muon's matrices.
         weight_decay: Weight decay of every parameter.
         lr_schedule: cosine, after a warm-up, or constant.
+        warmup_steps: Updates in the warm-up; null for max(50, max_steps // 20).
         optimizer: adamw, or muon for the matrices in the blocks and adamw for all else.
         muon_lr: Peak learning rate of Muon's matrices.
     """
@@ -35,6 +36,7 @@ class OptimizerConfig:
     lr: PositiveFinite
     weight_decay: NonNegativeFinite
     lr_schedule: LRSchedule = "cosine"
+    warmup_steps: NonNegativeInt | None = None
     optimizer: OptimizerName = "muon"
     muon_lr: PositiveFinite = 0.01
 
@@ -180,7 +182,9 @@ class StepSchedule(LRScheduler):
             group["lr"] = lr
 
     def get_lr(self) -> list[float | Tensor]:
-        factor = lr_factor(self.config.lr_schedule, self.last_epoch, self.max_steps) if self.max_steps else 1.0
+        config, factor = self.config, 1.0
+        if self.max_steps:
+            factor = lr_factor(config.lr_schedule, self.last_epoch, self.max_steps, config.warmup_steps)
         return [factor * peak for peak in self.peaks]
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,14 +194,14 @@ class StepSchedule(LRScheduler):
         """Nothing: `start` sets what follows from the step."""
 
 
-def lr_factor(schedule: LRSchedule, step: int, max_steps: int) -> float:
+def lr_factor(schedule: LRSchedule, step: int, max_steps: int, warmup_steps: int | None = None) -> float:
     """The factor of the peak learning rate in the update that follows `step` completed ones.
 
-    cosine: linear warm-up over max(50, max_steps // 20) updates, then half a cosine down to a tenth at max_steps.
+    cosine: linear warm-up over so many updates, then half a cosine down to a tenth at max_steps.
     """
     if schedule == "constant":
         return 1.0
-    warmup = max(50, max_steps // 20)
+    warmup = max(50, max_steps // 20) if warmup_steps is None else warmup_steps
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))

@@ -14,7 +14,7 @@ from benchmarks.bench_training import PLAIN, VOCAB, our_loss
 from benchmarks.measuring import Report
 from torch import Tensor, nn
 
-from minigpt_pl.models.config import GPTConfig, ModernConfig
+from minigpt_pl.models.config import ClassicConfig, ModernConfig
 from minigpt_pl.models.gpt import GPT, ClassicGPT, ModernGPT
 from minigpt_pl.training.optim import OptimizerConfig, build_optimizer
 
@@ -55,7 +55,7 @@ def test_gpu(report: Report, nanogpt: ModuleType | None) -> None:
         pytest.skip("there is no CUDA GPU here")
     torch.set_float32_matmul_precision("high")
     models: dict[str, Callable[[], Any]] = {
-        "classic": lambda: ClassicGPT(GPTConfig(**SIZES), seed=1),
+        "classic": lambda: ClassicGPT(ClassicConfig(**SIZES), seed=1),
         "modern": lambda: modern(0),
         "MoE": lambda: modern(4),
     }

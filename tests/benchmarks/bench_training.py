@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from minigpt_pl.models.config import GPTConfig, ModernConfig
+from minigpt_pl.models.config import ClassicConfig, ModernConfig
 from minigpt_pl.models.gpt import ClassicGPT, ModernGPT, token_cross_entropy
 from minigpt_pl.training.optim import OptimizerConfig, build_optimizer
 
@@ -73,7 +73,7 @@ def test_step_of_the_sparse_model(report: Report) -> None:
 
 
 def test_step_of_the_classic_model(report: Report, nanogpt: ModuleType | None, hugging_face: ModuleType | None) -> None:
-    classic = GPTConfig(vocab_size=VOCAB, n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.2)
+    classic = ClassicConfig(vocab_size=VOCAB, n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.2)
     competitors = {"ours, classic": stepper(ClassicGPT(classic, seed=1), our_loss, 64, 128)}
     if nanogpt is not None:
         sizes = nanogpt.GPTConfig(

@@ -23,7 +23,7 @@ from minigpt_pl.cli import options
 from minigpt_pl.cli.app import MiniGPTCLI
 from minigpt_pl.cli.options import flatten
 from minigpt_pl.data.tokenizer import BPETokenizer, CharTokenizer
-from minigpt_pl.models.config import GPTConfig, ModernConfig
+from minigpt_pl.models.config import ClassicConfig, ModernConfig
 from minigpt_pl.models.dropout import Dropout
 from minigpt_pl.models.gpt import ClassicGPT, ModernGPT
 from minigpt_pl.runtime.quiet import silence_libraries
@@ -92,11 +92,11 @@ def test_the_journey_has_not_changed() -> None:
         assert newer.items() <= NEWER_OPTIONS.items(), f"{name}: a newer option is not off"
 
 
-NEWER_OPTIONS = {
-    "optimizer": "adamw", "muon_lr": 0.01, "tie_embeddings": True, "zero_init": False, "conv_kernel_size": 0,
-    "config.data.sampling": "random", "config.data.token_noise": 0.0,
-}  # fmt: skip
-"""Options that are newer than the reference report, with the values that its runs need."""
+NEWER_OPTIONS: dict[str, Any] = {}
+"""Options that are newer than the fixture, with the values that the runs need."""
+
+CLASSIC_PROGRAM = {"warmup_steps": 200, "gelu": "exact", "weight_init": "torch", "attention_output_dropout": False}
+"""What the report's classic program does and its parameter table does not say."""
 
 
 def test_smoke_makes_a_run_of_the_journey_small() -> None:
@@ -113,8 +113,11 @@ def test_the_runs_of_the_journey_differ() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "changes"),
     [
-        ("classic_baseline", "classic_tuned", {"dropout", "weight_decay"}),
-        ("classic_tuned", "p2_refine", {"eval_iters", "min_delta"}),
+        ("classic_baseline", "classic_tuned", {"dropout", "weight_decay", "patience"}),
+        ("classic_tuned", "p2_refine", {"eval_iters", "patience", "min_delta"}),
+        ("p2_refine", "p2_lr1p5e4_refine", {"lr", "patience"}),
+        ("classic_baseline", "p3_lr1e4", {"lr", "patience"}),
+        ("classic_tuned", "p4_med192", {"n_layer", "n_head", "n_embd", "batch_size", "dropout", "weight_decay"}),
         ("modern_dense_control", "modern_moe", {"n_experts", "moe_gate", "moe_aux_loss_coef"}),
         ("modern_moe", "modern_moe_tuned", {"dropout", "lr", "weight_decay"}),
         ("modern_moe_tuned", "modern_moe_char_01", {"block_size"}),
@@ -131,7 +134,19 @@ def test_a_run_of_the_journey_changes_only_what_its_comment_names(before: str, a
 def test_modern_dense_is_p2_refine_with_another_decoder() -> None:
     old, new = resolved_leaves("journey/p2_refine"), resolved_leaves("journey/modern_dense")
     unused = {"data.bpe_vocab_size"}
-    assert {name for name in old if old[name] != new[name]} - unused == {"model.class_path"}
+    of_the_classic_program = {f"model.init_args.{name}" for name in CLASSIC_PROGRAM}
+    changed = {name for name in old if old[name] != new.get(name)} - unused
+    assert changed == {"model.class_path"} | of_the_classic_program
+
+
+def test_the_classic_runs_have_the_model_and_warm_up_of_the_reports_program() -> None:
+    for name in JOURNEY:
+        leaves = resolved_leaves(f"journey/{name}")
+        if leaves["model.class_path"].endswith("ClassicLM"):
+            of_program = {option: leaves[f"model.init_args.{option}"] for option in CLASSIC_PROGRAM}
+            assert of_program == CLASSIC_PROGRAM, name
+        else:
+            assert leaves["model.init_args.warmup_steps"] is None, name
 
 
 def test_the_journey_does_not_depend_on_default_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,13 +206,13 @@ def test_two_runs_of_the_table_train_alike_until_the_first_stops(tmp_path: Path)
     tiny = [
         "--model.n_layer", 1, "--model.n_embd", 16, "--model.block_size", 16, "--data.batch_size", 4,
         "--data.eval_every", 2, "--data.max_eval_tokens", 64, "--early_stopping.patience", 1, "--trainer.max_steps", 16,
-        "--wandb", "null",
+        "--wandb", "null", "--model.lr", 3e-4, "--model.warmup_steps", 50,
     ]  # fmt: skip
     silence_libraries()
     seen, ends = {}, {}
     for name in ("classic_tuned", "p2_refine"):
         hashes = Hashes()
-        words = ["-c", f"journey/{name}", *tiny, "--model.lr", 3e-4, "--run_dir", tmp_path / name]
+        words = ["-c", f"journey/{name}", *tiny, "--run_dir", tmp_path / name]
         Followed("fit", [str(word) for word in words])
         seen[name] = hashes.after
         ends[name] = json.loads((tmp_path / name / "summary.json").read_text())
@@ -264,7 +279,7 @@ def test_the_parameter_table_reaches_the_objects(name: str) -> None:
     }  # with defaults otherwise
     if isinstance(net, ClassicGPT):
         assert net.position_embedding.num_embeddings == table["block_size"]
-        twin = ClassicGPT(GPTConfig(**sizes), seed=table["seed"])
+        twin = ClassicGPT(ClassicConfig(**sizes, weight_init="torch"), seed=table["seed"])
     else:
         assert isinstance(net, ModernGPT)
         built["rms_norm_eps"] = {module.eps for module in net.modules() if isinstance(module, nn.RMSNorm)}
@@ -295,7 +310,7 @@ def test_the_parameter_table_reaches_the_objects(name: str) -> None:
     assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == net.params_total()
     built["weight_decay"] = {group["weight_decay"] for group in optimizer.param_groups}
     assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.9, 0.999), 1e-8)}
-    warmup, last = max(50, table["max_steps"] // 20), table["max_steps"]
+    warmup, last = {"p2_refine": 200, "modern_moe_char_02": 250}[name], table["max_steps"]
     lr = table["lr"]
     seen = learning_rates(run, [0, warmup - 1, warmup, (warmup + last) // 2, last])
     assert seen == pytest.approx([lr / warmup, lr, lr, 0.55 * lr, 0.1 * lr], rel=1e-6)

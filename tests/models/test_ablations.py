@@ -12,7 +12,7 @@ from minigpt_pl.experiments.results import run_differences
 from minigpt_pl.experiments.spec import read_study, resolve_config
 from minigpt_pl.generation.incremental import make_decode_fn
 from minigpt_pl.models.ablations import STAGES, AblationGPT
-from minigpt_pl.models.config import GPTConfig, ModernConfig
+from minigpt_pl.models.config import ClassicConfig, GPTConfig, ModernConfig
 from minigpt_pl.models.gpt import ClassicGPT, ModernGPT
 
 SIZES = {"vocab_size": 19, "block_size": 12, "n_layer": 3, "n_head": 2, "n_embd": 16, "dropout": 0.0}
@@ -29,7 +29,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def test_the_first_stage_is_classic_gpt_and_the_last_is_modern_gpt() -> None:
     modern = ModernConfig(**SIZES, tie_embeddings=True, zero_init=False, conv_kernel_size=0)
-    ends = ("classic", ClassicGPT(GPTConfig(**SIZES), 5)), ("tied", ModernGPT(modern, 5))
+    ends = ("classic", ClassicGPT(ClassicConfig(**SIZES), 5)), ("tied", ModernGPT(modern, 5))
     for name, model in ends:
         model.eval()
         mine, theirs = stage(name).state_dict(), model.state_dict()

@@ -15,7 +15,8 @@ from minigpt_pl.runtime.quiet import silence_libraries
 CONFIGS = PROJECT / "configs"
 JOURNEY = (
     "classic_baseline", "classic_tuned", "p2_refine", "modern_dense", "modern_dense_control", "modern_moe",
-    "modern_moe_tuned", "modern_moe_char_01", "modern_moe_char_02", "bpe_test", "bpe_improved",
+    "modern_moe_tuned", "modern_moe_char_01", "modern_moe_char_02", "bpe_test", "bpe_improved", "p2_lr1p5e4_refine",
+    "p3_lr1e4", "p4_med192",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigpt_pl.models.config import GPTConfig, ModernConfig
+from minigpt_pl.models.config import ClassicConfig, ModernConfig
 from minigpt_pl.models.gpt import GPT, ClassicGPT, ModernGPT
 
 EXPERTS: dict[str, dict[str, Any]] = {
@@ -27,7 +27,7 @@ def build(kind: str, **changes: Any) -> GPT:
     sizes = {"vocab_size": VOCAB, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32, "dropout": 0.0}
     seed = changes.pop("seed", 1)
     if kind == "classic":
-        return ClassicGPT(GPTConfig(**{**sizes, **changes}), seed).eval()
+        return ClassicGPT(ClassicConfig(**{**sizes, **changes}), seed).eval()
     plain = {"tie_embeddings": True, "zero_init": False, "conv_kernel_size": 0}
     modern = {"rope_theta": 100.0, "rms_norm_eps": 1e-5, "ffn_mult": 2.0, **plain, **EXPERTS[kind]}
     return ModernGPT(ModernConfig(**{**sizes, **modern, **changes}), seed).eval()

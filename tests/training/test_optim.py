@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
-from support.tiny_models import KINDS, build, lively, some_ids
+from support.tiny_models import KINDS, VOCAB, build, lively, some_ids
 
 from minigpt_pl.models.gpt import token_cross_entropy
+from minigpt_pl.runtime.errors import UserError
+from minigpt_pl.training.lit_modules import ClassicLM
 from minigpt_pl.training.optim import (
     Muon,
     OptimizerConfig,
@@ -200,6 +202,29 @@ def test_cosine_never_rises_after_its_warm_up() -> None:
     assert factors[:50] == sorted(factors[:50])
     assert factors[49:] == sorted(factors[49:], reverse=True)
     assert all(math.isclose(a - b, 0, abs_tol=0.02 + 1e-9) for a, b in zip(factors, factors[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "factors"),
+    [
+        (0, {0: 1, 500: 0.55, 1000: 0.1}),
+        (1, {0: 1, 1: 1, 1000: 0.1}),
+        (200, {0: 0.005, 99: 0.5, 199: 1, 200: 1, 600: 0.55, 1000: 0.1, 1001: 0.1}),
+        (1000, {0: 0.001, 999: 1, 1000: 1}),
+        (2000, {999: 0.5, 1000: 0.5005}),
+    ],
+)
+def test_a_warm_up_of_its_own_length(warmup_steps: int, factors: dict[int, float]) -> None:
+    got = {step: lr_factor("cosine", step, 1000, warmup_steps) for step in factors}
+    assert got == pytest.approx(factors, rel=1e-5)
+    assert lr_factor("constant", 0, 1000, warmup_steps) == 1
+
+
+def test_a_negative_warm_up_is_refused_and_none_is_allowed() -> None:
+    with pytest.raises(UserError, match=r"model\.warmup_steps -1: it must be a whole number"):
+        ClassicLM(vocab_size=VOCAB, lr=1e-3, weight_decay=0.0, dropout=0.0, warmup_steps=-1)
+    lit = ClassicLM(vocab_size=VOCAB, lr=1e-3, weight_decay=0.0, dropout=0.0, warmup_steps=None)
+    assert lit.config.warmup_steps is None
 
 
 def test_constant_has_no_warm_up_and_no_end() -> None:
