@@ -100,6 +100,7 @@ CASES = {
         (f"{FIT} --data.train_frac 0.9 --data.test_frac 0.2", "--data.train_frac 0.9: with data.test_frac 0.2, nothing is left to validate on; use a smaller share for either"),
         (f"{FIT} --data.tokenizer bpe --data.bpe_vocab_size 5", "--data.bpe_vocab_size 5: the text has 28 distinct characters; use at least 28"),
         (f"{FIT} --data.bpe_vocab_size 10000000000", "--data.bpe_vocab_size 10000000000: it must be at most 1,000,000"),
+        (f"{FIT} --data.path long.txt --data.tokenizer bpe --data.bpe_across_lines true", "--data.bpe_across_lines true: the text has 360,000 characters, and this works for 350,000; use a shorter text, or merge within lines"),
         (f"{FIT} --data.bpe_min_pair_freq 0", "--data.bpe_min_pair_freq 0: it must be a whole number above 0"),
         (f"{FIT} --data.batch_size 0", "--data.batch_size 0: it must be a whole number above 0"),
         (f"{FIT} --data.eval_every 0", "--data.eval_every 0: it must be a whole number above 0"),

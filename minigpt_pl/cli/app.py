@@ -36,7 +36,10 @@ from minigpt_pl.training.loggers import WandbConfig
 from minigpt_pl.training.stopping import ValLossEarlyStopping
 from minigpt_pl.training.summary import format_summary, resume_command
 
-IMMUTABLE_DATA = ("data.tokenizer", "data.bpe_vocab_size", "data.bpe_min_pair_freq", "data.train_frac")
+IMMUTABLE_DATA = (
+    "data.tokenizer", "data.bpe_vocab_size", "data.bpe_min_pair_freq", "data.bpe_across_lines", "data.bpe_train_on",
+    "data.train_frac", "data.split_unit",
+)  # fmt: skip
 """Fixed by a checkpoint: with other values its metrics would mean something else."""
 CONFIG_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)  # of constructors
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from minigpt_pl.cli.app import MiniGPTCLI
 from minigpt_pl.cli.errors import canonical_precision, mps_attention_leaks
 from minigpt_pl.cli.help import is_help_request, render_help
-from minigpt_pl.data.baselines import MAX_BASELINE_CHARACTERS, compute_baselines
+from minigpt_pl.data.baselines import MAX_BASELINE_CHARACTERS, split_baselines
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.data.datasets import TrainDataset
 from minigpt_pl.models.gpt import GPT, token_cross_entropy
@@ -135,7 +135,7 @@ def expected_losses(data: TextDataModule) -> str:
     start = f"an untrained model has about {math.log(data.vocab_size):.2f} nats/token"
     if data.text_stats.characters > MAX_BASELINE_CHARACTERS:
         return f"{start}; minigpt baselines computes what simple methods reach"
-    baselines = compute_baselines(str(data.resolve_path()), data.config.train_frac, data.config.test_frac)
+    baselines = split_baselines(data)
     values = ", ".join(f"{name} {baselines[name]['nats_per_char']:.2f}" for name in ("bigram", "5-gram", "xz"))
     return f"{start}; a trained one should be below {values} nats/char"
 

@@ -246,6 +246,7 @@ def unused_options(user_options: list[UserOption], config: dict[str, Any], comma
         "data.max_eval_tokens": "data.eval_mode is sampled" if plain["data.eval_mode"] == "sampled" else "",
         "sample.top_": "sample.temperature is 0" if plain.get("sample.temperature") == 0 else "",
         "data.bpe_": "data.tokenizer is char" if plain["data.tokenizer"] == "char" else "",
+        "data.split_unit": "data.tokenizer is char" if plain["data.tokenizer"] == "char" else "",
         "data.": "predict does not read the text" if command == "predict" else "",
         "trainer.precision": "predict always computes in fp32" if command == "predict" else "",
         "trainer.devices": "predict always uses one device" if command == "predict" else "",

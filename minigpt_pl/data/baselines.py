@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt_pl.data.datamodule import TextDataModule
+from minigpt_pl.data.tokenizer import CharTokenizer
 
 NGRAM_ORDERS = range(1, 7)
 MAX_COUNTED_CHARACTERS = 20_000_000  # of the training split: the last ones, next to the validation split
@@ -53,15 +54,25 @@ def xz_bits_per_byte(train: bytes, scored: bytes) -> float:
 
 
 def compute_baselines(path: str, train_frac: float = 0.9, test_frac: float = 0.0) -> dict[str, dict[str, float]]:
-    """nats/char and bits/byte on the validation split of a text, by method; raises as `TextDataModule.read`."""
-    data = TextDataModule(
-        path=path, train_frac=train_frac, test_frac=test_frac, block_size=1, batch_size=1, eval_every=1
-    )
-    train, scored = data.tokens("train")[-MAX_COUNTED_CHARACTERS:].astype(np.int64), data.tokens("val").astype(np.int64)
-    train_bytes, scored_bytes = (data.tokenizer.decode(ids.tolist()).encode() for ids in (train, scored))
-    bytes_per_char = data.tokenizer.token_lengths[scored[1:], 1].mean()
+    """`split_baselines` of a text that is split by characters; raises as `TextDataModule.read`."""
+    fractions = {"train_frac": train_frac, "test_frac": test_frac}
+    return split_baselines(TextDataModule(path=path, **fractions, block_size=1, batch_size=1, eval_every=1))
+
+
+def split_baselines(data: TextDataModule) -> dict[str, dict[str, float]]:
+    """nats/char and bits/byte on the validation split of `data`, by method; raises as `TextDataModule.read`.
+
+    n-grams are of characters, whatever the tokenizer.
+    """
+    last = slice(-MAX_COUNTED_CHARACTERS, None)
+    train_text = data.tokenizer.decode(data.tokens("train")[last].tolist())[last]
+    scored_text = data.tokenizer.decode(data.tokens("val").tolist())
+    characters = CharTokenizer(data.text_stats.alphabet)
+    train, scored = (characters.encode(text).astype(np.int64) for text in (train_text, scored_text))
+    train_bytes, scored_bytes = train_text.encode(), scored_text.encode()
+    bytes_per_char = characters.token_lengths[scored[1:], 1].mean()
     result = {}
-    for order, nats in zip(NGRAM_ORDERS, ngram_nats(train, scored, data.vocab_size), strict=True):
+    for order, nats in zip(NGRAM_ORDERS, ngram_nats(train, scored, len(characters.vocabulary)), strict=True):
         name = {1: "unigram", 2: "bigram", 3: "trigram"}.get(order, f"{order}-gram")
         result[name] = {"nats_per_char": nats, "bits_per_byte": nats / bytes_per_char / math.log(2)}
     bits = xz_bits_per_byte(train_bytes, scored_bytes)

@@ -22,11 +22,15 @@ class DataConfig:
         batch_size: Windows in a micro-batch, over all devices.
         eval_every: Optimizer steps between evaluations.
         seed: Seed of the windows.
-        train_frac: Share of the characters, from the start, to train on.
-        test_frac: Share of the characters, from the end, that only `test` reads.
-        tokenizer: char for characters, bpe for byte-pair encoding within lines.
+        train_frac: Share of the text, from the start, to train on.
+        test_frac: Share of the text, from the end, that only `test` reads.
+        split_unit: What these shares count: characters; or tokens, and then tokenizers validate on different text.
+        tokenizer: char for characters, bpe for byte-pair encoding.
         bpe_vocab_size: Largest vocabulary of the bpe tokenizer.
         bpe_min_pair_freq: The bpe tokenizer merges no pair that occurs less often.
+        bpe_across_lines: The bpe tokenizer merges across the ends of lines too; the text must be short.
+        bpe_train_on: Text that the bpe tokenizer learns from: train is the first train_frac of the characters; all
+            leaks validation and test text into the tokenizer.
         eval_mode: full scores every token of a split once; sampled estimates the loss from random windows.
         eval_iters: Batches in an evaluation with eval_mode sampled.
         max_eval_tokens: Most tokens in an evaluation with eval_mode full; of a larger split it reads a part.
@@ -46,9 +50,12 @@ class DataConfig:
     seed: Seed = 0
     train_frac: OpenUnitInterval = 0.9
     test_frac: Fraction = 0.0
+    split_unit: Literal["characters", "tokens"] = "characters"
     tokenizer: Literal["char", "bpe"] = "char"
     bpe_vocab_size: PositiveInt = 512
     bpe_min_pair_freq: PositiveInt = 2
+    bpe_across_lines: bool = False
+    bpe_train_on: Literal["train", "all"] = "train"
     eval_mode: Literal["full", "sampled"] = "full"
     eval_iters: PositiveInt = 100
     max_eval_tokens: PositiveInt = 2_000_000

@@ -19,7 +19,16 @@ from minigpt_pl.data import datasets
 from minigpt_pl.data.config import DataConfig
 from minigpt_pl.data.corpus import TextStats, read_stats, text_error
 from minigpt_pl.data.datasets import Batch, EvalBatch, EvalDataset
-from minigpt_pl.data.token_cache import SPLITS, MemmapTokens, TokenArray, cache_dir, tokenize, train_bpe
+from minigpt_pl.data.token_cache import (
+    SPLITS,
+    MemmapTokens,
+    TokenArray,
+    cache_dir,
+    split_ends,
+    tokenize,
+    tokenize_first,
+    train_bpe,
+)
 from minigpt_pl.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
@@ -115,14 +124,20 @@ class TextDataModule(LightningDataModule):
                     remedy = "name that one with --data.path FILE, or use --data.allow_data_change true"
                     raise text_error(path, problem, remedy)
                 rank_zero_print(f"data.path {path}: {problem}; data.allow_data_change accepts it")
-            ends = [int(f * stats.characters) for f in (config.train_frac, 1 - config.test_frac)] + [stats.characters]
+            shares = config.train_frac, 1 - config.test_frac
+            ends = split_ends(shares, stats.characters)
             if self.checkpoint:
                 tokenizer = self.tokenizer
             elif config.tokenizer == "char":
                 tokenizer = CharTokenizer(stats.alphabet)
             else:
-                tokenizer = train_bpe(path, stats, ends[0], config.bpe_vocab_size, config.bpe_min_pair_freq, cache)
-            tokens = tokenize(path, stats, tokenizer, ends, cache)
+                learned = ends[0] if config.bpe_train_on == "train" else stats.characters
+                limits = config.bpe_vocab_size, config.bpe_min_pair_freq
+                tokenizer = train_bpe(path, stats, learned, *limits, config.bpe_across_lines, cache)
+            if config.split_unit == "tokens":
+                tokens = tokenize_first(path, stats, tokenizer, shares, cache)
+            else:
+                tokens = tokenize(path, stats, tokenizer, ends, cache)
             window = config.block_size + 1
             evaluated = window if config.eval_mode == "sampled" else 2
             for split, least in zip(SPLITS, (window, evaluated, evaluated), strict=True):

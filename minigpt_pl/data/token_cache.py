@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib.metadata import version
-from itertools import groupby, takewhile
+from itertools import groupby, pairwise, takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from minigpt_pl.data.corpus import LARGE_FILE_BYTES, TextStats, iter_split_chunks, text_error
 from minigpt_pl.data.tokenizer import MAX_LINE_CHARACTERS, BPETokenizer, Tokenizer, load_tokenizer
 from minigpt_pl.runtime.atomic_io import TEMP_SUFFIX, atomic_write
-from minigpt_pl.runtime.errors import rank_zero_print
+from minigpt_pl.runtime.errors import UserError, rank_zero_print
 
 SPLITS = ("train", "val", "test")
 MAX_MERGE_CHARACTERS = 8_000_000  # that merges are learned from: each takes a hundred bytes of memory
+MAX_SEQUENCE_CHARACTERS = 350_000  # of bpe across lines: learning takes about a minute, and grows with the square
 HEADER_BYTES = len(SPLITS) * np.dtype(np.int64).itemsize  # of a cache file: the number of tokens in each split
 
 
@@ -44,6 +45,10 @@ class MemmapTokens:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def part(self, start: int, stop: int) -> "MemmapTokens":
+        path, dtype, offset, _ = self._args
+        return MemmapTokens(path, dtype, offset + start * dtype.itemsize, stop - start)
+
     def __getitem__(self, indices: NDArray[np.int64]) -> NDArray[Any]:
         ids = self.ids[indices]
         if self.ids.nbytes > LARGE_FILE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
@@ -60,11 +65,19 @@ def cache_dir() -> Path:
 
 
 def train_bpe(
-    path: Path, stats: TextStats, train_end: int, vocab_size: int, min_pair_freq: int, cache: Path
+    path: Path, stats: TextStats, train_end: int, vocab_size: int, min_pair_freq: int, across_lines: bool, cache: Path
 ) -> BPETokenizer:
-    """The bpe tokenizer of a text's first `train_end` characters, from the cache if it is there."""
-    end = min(train_end, MAX_MERGE_CHARACTERS)
-    key = f"{stats.sha256}/{end}/{vocab_size}/{min_pair_freq}/{MAX_LINE_CHARACTERS}/{version('tokenizers')}"
+    """The bpe tokenizer of a text's first `train_end` characters, from the cache if it is there.
+
+    Raises:
+        UserError: If the text is too long for merges across lines, or its characters alone are above vocab_size.
+    """
+    if across_lines and stats.characters > MAX_SEQUENCE_CHARACTERS:
+        problem = f"the text has {stats.characters:,} characters, and this works for {MAX_SEQUENCE_CHARACTERS:,}"
+        remedy = "use a shorter text, or merge within lines"
+        raise UserError(problem, option="data.bpe_across_lines", value="true", remedy=remedy)
+    end, max_line = min(train_end, MAX_MERGE_CHARACTERS), None if across_lines else MAX_LINE_CHARACTERS
+    key = f"{stats.sha256}/{end}/{vocab_size}/{min_pair_freq}/{max_line}/{version('tokenizers')}"
     entry = cache / f"merges-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged
         cached = load_tokenizer(**json.loads(entry.read_text("utf-8")))
@@ -73,7 +86,7 @@ def train_bpe(
     if end < train_end:
         rank_zero_print(f"byte pairs are learned from the first {end:,} of {train_end:,} training characters")
     chunks = takewhile(lambda chunk: chunk[0] == 0, iter_split_chunks(path, [end, stats.characters], ""))
-    tokenizer = BPETokenizer.train(stats.alphabet, (text for _, text in chunks), vocab_size, min_pair_freq)
+    tokenizer = BPETokenizer.train(stats.alphabet, (text for _, text in chunks), vocab_size, min_pair_freq, max_line)
     with suppress(OSError):
         atomic_write(entry, json.dumps({"definition": tokenizer.dump(), "sha256": tokenizer.sha256}).encode())
     return tokenizer
@@ -112,6 +125,25 @@ def tokenize(path: Path, stats: TextStats, tokenizer: Tokenizer, ends: list[int]
     lengths = encode_splits(buffer, path, stats, tokenizer, ends)
     ids = np.frombuffer(buffer.getbuffer(), tokenizer.dtype, offset=HEADER_BYTES)
     return dict(zip(SPLITS, np.split(ids, np.cumsum(lengths)[:-1]), strict=True))
+
+
+def tokenize_first(
+    path: Path, stats: TextStats, tokenizer: Tokenizer, shares: tuple[float, ...], cache: Path
+) -> dict[str, TokenArray]:
+    """The token ids of each split, cut from those of the whole text. Split i ends at share `shares[i]` of the tokens.
+
+    Raises:
+        UserError: As `tokenize`.
+    """
+    ids = tokenize(path, stats, tokenizer, [stats.characters] * len(SPLITS), cache)["train"]
+    spans = pairwise([0, *split_ends(shares, len(ids))])
+    parts = (ids.part(a, b) if isinstance(ids, MemmapTokens) else ids[a:b] for a, b in spans)
+    return dict(zip(SPLITS, parts, strict=True))
+
+
+def split_ends(shares: tuple[float, ...], length: int) -> list[int]:
+    """Where each split ends, in a text of `length` characters or tokens; the last one ends with the text."""
+    return [*(int(share * length) for share in shares), length]
 
 
 def load_splits(entry: Path, dtype: np.dtype[Any]) -> dict[str, TokenArray] | None:

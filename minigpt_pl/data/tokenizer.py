@@ -1,4 +1,4 @@
-"""Text to token ids and back: characters, or byte pairs merged within lines; saved as JSON with a hash.
+"""Text to token ids and back: characters, or byte pairs merged within or across lines; saved as JSON with a hash.
 
 It opens no files. How a text is read and split is in `corpus`, how its token ids are cached in `token_cache`.
 """
@@ -98,22 +98,33 @@ class CharTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-pair encoding (Sennrich et al., arXiv 1508.07909) over characters; no merge crosses the end of a line.
+    """Byte-pair encoding (Sennrich et al., arXiv 1508.07909) over characters.
 
-    Characters are the first tokens. `merges` has the pairs of tokens that become one, in the order of their training.
+    Characters are the first tokens. `merges` has the pairs of tokens that become one, in the order of their training:
+    the most frequent pair, and of equally frequent ones that of the lowest ids. Overlapping pairs count (aaa has two).
+
+    No merge crosses the end of a line, nor the end of `max_line` characters. With `max_line` None a text is one
+    sequence, as in the reference report. Its program skips a pair that spells an existing token; here that is merged
+    into this token.
     """
 
     kind = "bpe"
 
-    def __init__(self, vocabulary: list[str], merges: list[tuple[str, str]], max_line: int = MAX_LINE_CHARACTERS):
+    def __init__(
+        self, vocabulary: list[str], merges: list[tuple[str, str]], max_line: int | None = MAX_LINE_CHARACTERS
+    ):
         self.vocabulary, self.merges, self.max_line = vocabulary, merges, max_line
         self.alphabet = {token for token in vocabulary if len(token) == 1}
         ids = {token: i for i, token in enumerate(vocabulary)}
         self.library = tokenizers.Tokenizer(models.BPE(ids, merges))
-        self.library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(line_pattern(max_line)), "isolated")
+        if max_line is not None:
+            self.library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(line_pattern(max_line)), "isolated")
 
     @classmethod
-    def train(cls, alphabet: str, chunks: Iterable[str], vocab_size: int, min_pair_freq: int) -> "BPETokenizer":
+    def train(
+        cls, alphabet: str, chunks: Iterable[str], vocab_size: int, min_pair_freq: int,
+        max_line: int | None = MAX_LINE_CHARACTERS,
+    ) -> "BPETokenizer":  # fmt: skip
         """Learns merges from a text; `alphabet` has every character that must become a token.
 
         Raises:
@@ -126,10 +137,11 @@ class BPETokenizer(Tokenizer):
             vocab_size=vocab_size, min_frequency=min_pair_freq, initial_alphabet=sorted(alphabet),
             special_tokens=[], show_progress=False,
         )  # fmt: skip
-        untrained = cls(sorted(alphabet), [])
-        untrained.library.train_from_iterator(iter_lines(chunks, untrained.max_line), trainer)
+        untrained = cls(sorted(alphabet), [], max_line)
+        untrained.library.train_from_iterator(iter_lines(chunks, max_line), trainer)
         trained = json.loads(untrained.library.to_str())["model"]
-        return cls(sorted(trained["vocab"], key=trained["vocab"].get), [(a, b) for a, b in trained["merges"]])
+        vocabulary = sorted(trained["vocab"], key=trained["vocab"].get)
+        return cls(vocabulary, [(a, b) for a, b in trained["merges"]], max_line)
 
     def encode_chunks(self, chunks: Iterable[str]) -> Iterator[NDArray[np.integer]]:
         for lines in iter_lines(chunks, self.max_line):
@@ -147,8 +159,14 @@ def line_pattern(max_line: int) -> str:
     return rf"[^\n]{{0,{max_line - 1}}}\n|[^\n]{{1,{max_line}}}"
 
 
-def iter_lines(chunks: Iterable[str], max_line: int) -> Iterator[list[str]]:
-    """The lines of a text that is given in chunks, each with its newline; lines above `max_line` are cut."""
+def iter_lines(chunks: Iterable[str], max_line: int | None) -> Iterator[list[str]]:
+    """The lines of a text that is given in chunks, each with its newline; lines above `max_line` are cut.
+
+    With `max_line` None, the whole text.
+    """
+    if max_line is None:
+        yield ["".join(chunks)]
+        return
     pattern, rest = re.compile(line_pattern(max_line)), ""
     for chunk in chunks:
         lines = pattern.findall(rest + chunk)

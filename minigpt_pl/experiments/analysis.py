@@ -109,7 +109,8 @@ class StudyAnalysis:
         self.unnamed = sorted({result.name for result in results} - self.groups.keys())  # not in the study
         self.failed: dict[str, str] = read_json(folder / FAILED_FILE)  # reasons, by run
         first, stored = next(iter(self.groups.values())).results[0], read_json(folder / BASELINES_FILE)
-        same_text = stored.get("data_sha256") == first.summary["data_sha256"] and all(
+        basis = stored.get("split_basis", "characters")  # older files lack it
+        same_text = (stored.get("data_sha256"), basis) == (first.summary["data_sha256"], first.split_basis) and all(
             stored[name] == first.config["data"][name] for name in ("train_frac", "test_frac")
         )
         self.baselines: dict[str, Any] = stored["baselines"] if same_text else {}

@@ -128,18 +128,29 @@ class Result:
         names = dict.fromkeys(name for row in rows for name in row if name != "split")
         return {name: np.array([float(row.get(name, "nan")) for row in rows]) for name in names}
 
+    @property
+    def split_basis(self) -> str:
+        """The function's value for this run."""
+        return split_basis(self.config["data"], self.summary["tokenizer_sha256"])
+
     def eval_protocol(self) -> tuple[Any, ...]:
         """What a loss is measured on: losses can be compared only if this is equal."""
         names = ("train_frac", "test_frac", "eval_mode", "max_eval_tokens")
-        return self.summary["data_sha256"], *(self.config["data"][name] for name in names)
+        return self.summary["data_sha256"], self.split_basis, *(self.config["data"][name] for name in names)
 
     def batch_protocol(self) -> tuple[Any, ...]:
         """What determines, with the seed, the batches of a run: equal seeds are pairs only if this is equal."""
         data = {"sampling": "random", "token_noise": 0.0} | self.config["data"]  # older results lack these two
         names = ("train_frac", "batch_size", "sampling", "token_noise")
-        hashes = self.summary["data_sha256"], self.summary["tokenizer_sha256"]
+        tokens = self.summary["data_sha256"], self.summary["tokenizer_sha256"], self.split_basis
         model, trainer = self.config["model"]["init_args"], self.config["trainer"]
-        return *hashes, model["block_size"], trainer["accumulate_grad_batches"], *(data[name] for name in names)
+        return *tokens, model["block_size"], trainer["accumulate_grad_batches"], *(data[name] for name in names)
+
+
+def split_basis(data: dict[str, Any], tokenizer_sha256: str) -> str:
+    """What the shares of the splits count: "characters", or the tokens of the tokenizer with this hash."""
+    by_tokens = data["tokenizer"] != "char" and data.get("split_unit") == "tokens"  # older results lack it
+    return tokenizer_sha256 if by_tokens else "characters"
 
 
 # Measuring a run that has ended.

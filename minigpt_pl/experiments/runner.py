@@ -19,11 +19,19 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
-from minigpt_pl.data.baselines import MAX_BASELINE_CHARACTERS, compute_baselines
+from minigpt_pl.data.baselines import MAX_BASELINE_CHARACTERS, split_baselines
 from minigpt_pl.experiments import spec
 from minigpt_pl.experiments.analysis import StudyAnalysis, read_json, write_json
 from minigpt_pl.experiments.report import overview
-from minigpt_pl.experiments.results import Result, add_result, datamodule_of, measure, read_results, strip_paths
+from minigpt_pl.experiments.results import (
+    Result,
+    add_result,
+    datamodule_of,
+    measure,
+    read_results,
+    split_basis,
+    strip_paths,
+)
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
 from minigpt_pl.runtime.quiet import silence_libraries
@@ -138,11 +146,12 @@ def describe_machine(jobs: int) -> str:
 
 def baselines_of(run: spec.Run) -> dict[str, Any]:
     """n-gram and xz baselines of a run's text, with its hash and split; {} for a long text."""
-    data, text = run.config["data"], datamodule_of(run.config).text_stats
-    if text.characters > MAX_BASELINE_CHARACTERS:
+    config, data = run.config["data"], datamodule_of(run.config)
+    if data.text_stats.characters > MAX_BASELINE_CHARACTERS:
         return {}
-    split = {name: data[name] for name in ("train_frac", "test_frac")}
-    return {"data_sha256": text.sha256, **split, "baselines": compute_baselines(data["path"], **split)}
+    split = {name: config[name] for name in ("train_frac", "test_frac")}
+    split["split_basis"] = split_basis(config, data.tokenizer.sha256)
+    return {"data_sha256": data.text_stats.sha256, **split, "baselines": split_baselines(data)}
 
 
 def build_parser(command: str) -> ArgumentParser:

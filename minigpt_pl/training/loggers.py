@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from minigpt_pl.checkpoint.io import BEST_CKPT
-from minigpt_pl.data.baselines import MAX_BASELINE_CHARACTERS, compute_baselines
+from minigpt_pl.data.baselines import MAX_BASELINE_CHARACTERS, split_baselines
 from minigpt_pl.runtime.atomic_io import SAMPLES_FILE, SUMMARY_FILE, atomic_write
 from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.training.callbacks import get_callback
@@ -205,7 +205,7 @@ class WandbCallback(Callback):
         facts = get_callback(trainer, RunSummary).facts
         run.summary.update(facts | {"run_dir": str(Path(trainer.default_root_dir).resolve())})
         if data.text_stats.characters <= MAX_BASELINE_CHARACTERS:  # constant lines beside val/nats_per_char
-            baselines = compute_baselines(str(data.resolve_path()), data.config.train_frac, data.config.test_frac)
+            baselines = split_baselines(data)
             self._baselines = {f"baseline/{name}": metrics["nats_per_char"] for name, metrics in baselines.items()}
 
     def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:

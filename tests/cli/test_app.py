@@ -193,6 +193,8 @@ def test_each_change_under_a_checkpoint_is_one_line(minigpt: MiniGPT, trained: P
             "--model.muon_lr 0.1 has no effect: model.optimizer is adamw",
         ),
         (("--data.bpe_vocab_size", 99), "--data.bpe_vocab_size 99 has no effect: data.tokenizer is char"),
+        (("--data.bpe_across_lines", "true"), "--data.bpe_across_lines true has no effect: data.tokenizer is char"),
+        (("--data.split_unit", "tokens"), "--data.split_unit tokens has no effect: data.tokenizer is char"),
         (("--data.eval_iters", 5), "--data.eval_iters 5 has no effect: data.eval_mode is full"),
         (
             ("--data.eval_mode", "sampled", "--data.eval_iters", 1, "--data.max_eval_tokens", 64),

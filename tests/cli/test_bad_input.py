@@ -26,6 +26,7 @@ FILES = {
     "sea.txt": "".join(f"line {i}: the sea comes in, the sea goes out.\n" for i in range(80)),
     "other.txt": "Quite another text, in which JUDGES box quizzically.\n" * 20,
     "short.txt": "hello world",
+    "long.txt": "the sea\n" * 45_000,
     "empty.txt": "",
     "blank.txt": " \n\t\n \n ",
     "tiny.yaml": """

@@ -6,7 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from minigpt_pl.data.baselines import NGRAM_ORDERS, compute_baselines, ngram_nats, xz_bits_per_byte
+from minigpt_pl.data.baselines import NGRAM_ORDERS, compute_baselines, ngram_nats, split_baselines, xz_bits_per_byte
+from minigpt_pl.data.datamodule import TextDataModule
 
 
 def witten_bell(train: list[int], context: tuple[int, ...], token: int, vocab_size: int) -> float:
@@ -44,6 +45,22 @@ def test_a_text_that_repeats_itself_is_cheap(text_file):
     result = compute_baselines(str(text_file))
     assert result["6-gram"]["nats_per_char"] < 0.5 < 2 < result["unigram"]["nats_per_char"]
     assert result["unigram"]["bits_per_byte"] == pytest.approx(result["unigram"]["nats_per_char"] / math.log(2))
+
+
+def test_baselines_of_a_data_module_score_its_own_splits(tmp_path):
+    """Split by tokens, a text validates on other characters: those of its end, however they are tokenized."""
+    path = tmp_path / "text.txt"
+    path.write_text("the sea comes in, the sea goes out.\n" * 40 + "other words, quite unlike these\n" * 20, "utf-8")
+    options = {"block_size": 8, "batch_size": 2, "eval_every": 1, "train_frac": 0.7, "test_frac": 0.1}
+    data = TextDataModule(path=str(path), tokenizer="bpe", split_unit="tokens", bpe_vocab_size=60, **options)
+    text = path.read_text("utf-8")
+    a, b = (
+        sum(len(data.tokenizer.decode(data.tokens(split).tolist())) for split in splits)
+        for splits in (["train"], ["train", "val"])
+    )
+    expected = compute_baselines(str(path), (a + 0.5) / len(text), 1 - (b + 0.5) / len(text))
+    assert split_baselines(data) == expected
+    assert expected != compute_baselines(str(path), 0.7, 0.1)
 
 
 def test_bytes_of_another_script(tmp_path):

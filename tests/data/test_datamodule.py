@@ -3,10 +3,12 @@
 Batches are tested in test_datasets, what an evaluation counts in training/test_counting.
 """
 
+import hashlib
 import mmap
 import multiprocessing
 import os
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -83,6 +85,50 @@ def test_merges_are_learned_from_the_training_split_alone(text_path: Path) -> No
     assert module(text_path, tokenizer="bpe").tokenizer.dump() == first, "the validation split decided a merge"
     text_path.write_text("".join(reversed(LF[:cut])) + LF[cut:], "utf-8")
     assert module(text_path, tokenizer="bpe").tokenizer.dump() != first
+
+
+def test_merges_are_learned_from_the_whole_text_where_asked(text_path: Path) -> None:
+    cut = int(0.9 * len(LF))
+    text_path.write_text(LF[:cut] + "seagull " * 12, "utf-8")
+    for source in ("train", "all"):
+        data = module(text_path, tokenizer="bpe", bpe_vocab_size=100, bpe_train_on=source)
+        assert any("gull" in token for token in data.tokenizer.vocabulary) == (source == "all")
+
+
+@pytest.mark.parametrize("across_lines", [False, True])
+@pytest.mark.parametrize(("train_frac", "test_frac"), [(0.9, 0.0), (0.613, 0.1)])
+def test_a_text_can_be_split_by_tokens(
+    text_path: Path, train_frac: float, test_frac: float, across_lines: bool
+) -> None:
+    fractions = {"train_frac": train_frac, "test_frac": test_frac}
+    options = {**fractions, "tokenizer": "bpe", "bpe_across_lines": across_lines}
+    data = module(text_path, **options, split_unit="tokens")
+    ids = data.tokenizer.encode(LF)
+    a, b = int(train_frac * len(ids)), int((1 - test_frac) * len(ids))
+    assert [data.tokens(split).tolist() for split in SPLITS] == [part.tolist() for part in np.split(ids, [a, b])]
+    assert "".join(split_texts(data)) == LF
+    assert split_texts(data) != split_texts(module(text_path, **options)), "it validates on the same text"
+    by_characters = split_texts(module(text_path, **fractions))
+    assert split_texts(module(text_path, **fractions, split_unit="tokens")) == by_characters
+
+
+def test_a_text_is_split_by_tokens_in_memory_too(text_path: Path, tmp_path: Path) -> None:
+    options = {"tokenizer": "bpe", "split_unit": "tokens", "test_frac": 0.05}
+    expected = split_texts(module(text_path, **options))
+    (tmp_path / "file").write_text("not a directory", "utf-8")
+    with patch.dict(os.environ, XDG_CACHE_HOME=str(tmp_path / "file")):
+        assert split_texts(module(text_path, **options)) == expected
+
+
+def test_a_text_that_is_too_long_for_merges_across_lines_is_refused(text_path: Path) -> None:
+    options = {"tokenizer": "bpe", "bpe_across_lines": True}
+    with patch.object(token_cache, "MAX_SEQUENCE_CHARACTERS", len(LF)):
+        module(text_path, **options).read()
+    with (
+        patch.object(token_cache, "MAX_SEQUENCE_CHARACTERS", len(LF) - 1),
+        pytest.raises(UserError, match=f"bpe_across_lines true: the text has {len(LF):,} characters, and"),
+    ):
+        module(text_path, **options).read()
 
 
 def test_merges_are_learned_from_the_beginning_of_a_large_training_split(
@@ -188,7 +234,9 @@ def test_damaged_merges_are_noticed_and_learned_again(text_path: Path, cache: Pa
 def test_cache_entries_are_found_by_everything_that_determines_them(text_path: Path, cache: Path) -> None:
     variants: list[dict[str, Any]] = [
         {}, {"train_frac": 0.8}, {"test_frac": 0.05}, {"tokenizer": "bpe"}, {"tokenizer": "bpe", "bpe_vocab_size": 50},
-        {"tokenizer": "bpe", "bpe_min_pair_freq": 30},
+        {"tokenizer": "bpe", "bpe_min_pair_freq": 30}, {"tokenizer": "bpe", "bpe_across_lines": True},
+        {"tokenizer": "bpe", "split_unit": "tokens"}, {"tokenizer": "bpe", "train_frac": 0.1},
+        {"tokenizer": "bpe", "train_frac": 0.1, "bpe_train_on": "all"},
     ]  # fmt: skip
     fresh = []
     for changes in variants:
@@ -197,6 +245,16 @@ def test_cache_entries_are_found_by_everything_that_determines_them(text_path: P
     shared = [split_texts(module(text_path, **changes)) for changes in variants]
     assert shared == fresh
     assert len([path for path in cache.iterdir() if path.name.startswith("tokens")]) == len(variants)
+
+
+def test_cache_entries_of_earlier_versions_are_found(text_path: Path, cache: Path) -> None:
+    """Merges are learned for minutes: a new option with its default value makes no other entry."""
+    data = module(text_path, tokenizer="bpe")
+    text, tokenizer, n = data.text_stats.sha256, data.tokenizer.sha256, len(LF)
+    key = f"{text}/{int(0.9 * n)}/60/2/1024/{version('tokenizers')}"
+    merges = f"merges-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    tokens = f"tokens-{text[:24]}-{tokenizer[:24]}-{int(0.9 * n)}-{n}-{n}.bin"
+    assert {merges, tokens} < {path.name for path in cache.iterdir()}
 
 
 def test_a_cache_that_is_not_writable_is_reported_once(

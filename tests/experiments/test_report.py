@@ -243,8 +243,9 @@ def test_experts_of_a_run_too_short_to_log_them_are_not_drawn(tmp_path: Path) ->
 def test_baselines_of_another_text_are_not_shown(made: Path) -> None:
     assert StudyAnalysis(made).baselines
     baselines = json.loads((made / "baselines.json").read_text())
-    (made / "baselines.json").write_text(json.dumps(baselines | {"data_sha256": "e" * 64}))
-    assert not StudyAnalysis(made).baselines
+    for other in ({"data_sha256": "e" * 64}, {"split_basis": "t" * 64}, {"train_frac": 0.8}):
+        (made / "baselines.json").write_text(json.dumps(baselines | other))
+        assert not StudyAnalysis(made).baselines
 
 
 def test_a_curve_ends_with_its_longest_seed(made: Path) -> None:

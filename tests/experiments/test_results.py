@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minigpt_pl.experiments.results import TokenNLL, run_differences, strip_paths
+from minigpt_pl.experiments.results import Result, TokenNLL, run_differences, strip_paths
 from minigpt_pl.experiments.spec import resolve_config
 
 
@@ -39,6 +39,24 @@ def test_a_new_option_does_not_make_old_results_another_run() -> None:
     assert list(run_differences(before, resolve_config(["--model.lr_schedule", "constant"]))) == [
         "model.lr_schedule: None -> constant"
     ]
+
+
+def test_losses_on_splits_by_other_tokens_are_not_compared() -> None:
+    def protocols(*args: str, tokenizer: str = "t", older: bool = False) -> tuple[object, object]:
+        config = resolve_config(list(args))
+        if older:
+            del config["data"]["split_unit"]
+        summary = {"data_sha256": "d", "tokenizer_sha256": tokenizer}
+        result = Result("a", 0, "", "", config, summary, "", [])
+        return result.eval_protocol(), result.batch_protocol()
+
+    bpe, tokens = ("--data.tokenizer", "bpe"), ("--data.split_unit", "tokens")
+    assert protocols(older=True) == protocols() == protocols(*tokens), "a token is a character"
+    assert protocols(*bpe, older=True) == protocols(*bpe)
+    assert protocols(*bpe)[0] == protocols()[0]
+    for one, other in zip(protocols(*bpe), protocols(*bpe, *tokens), strict=True):
+        assert one != other
+    assert protocols(*bpe, *tokens)[0] != protocols(*bpe, *tokens, tokenizer="u")[0], "tokens end at other characters"
 
 
 @pytest.mark.parametrize(

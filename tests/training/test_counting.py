@@ -124,6 +124,17 @@ def test_the_metrics_of_a_uniform_model_are_known_numbers(folder: Path, val: str
 TEXT = "".join(f"line {i}: the sea comes in,\n the 海 goes öut 🌊.\n" for i in range(60))
 
 
+def test_the_metrics_of_a_text_that_is_split_by_tokens_are_of_its_own_characters(folder: Path) -> None:
+    data = module(folder, TEXT, tokenizer="bpe", split_unit="tokens", bpe_across_lines=True)
+    first, *others = data.tokens("val").tolist()
+    scored_text = data.tokenizer.decode(others)
+    assert TEXT.endswith(scored_text)
+    assert len(scored_text) + len(data.tokenizer.vocabulary[first]) != len(TEXT) - int(0.9 * len(TEXT))
+    metrics, nats = validate(data, uniform=True), len(others) * math.log(data.vocab_size)
+    assert metrics["val/nats_per_char"] == pytest.approx(nats / len(scored_text), rel=1e-6)
+    assert metrics["val/bits_per_byte"] == pytest.approx(nats / math.log(2) / len(scored_text.encode()), rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_metrics_do_not_depend_on_padding_or_batch_size(folder: Path, kind: str) -> None:
     found = [validate(module(folder, TEXT, tokenizer=kind, batch_size=size)) for size in (1, 5, 64)]

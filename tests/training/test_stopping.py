@@ -140,6 +140,9 @@ def test_changes_are_kept_for_the_next_start(resume: Call, stopped: Any, tmp_pat
         (("--model", "ClassicLM"), "model"),
         (("--data.tokenizer", "bpe"), "data.tokenizer"),
         (("--data.train_frac", 0.8), "data.train_frac"),
+        (("--data.split_unit", "tokens"), "data.split_unit"),
+        (("--data.bpe_across_lines", "true"), "data.bpe_across_lines"),
+        (("--data.bpe_train_on", "all"), "data.bpe_train_on"),
     ],
 )
 def test_options_that_contradict_the_weights_are_refused_by_name(
