@@ -156,8 +156,8 @@ class LanguageModel(LightningModule, ABC):
             self._eval_outputs.append([])
         self._eval_outputs[dataloader_idx].append((self.sequence_nll(inputs, targets), counts))
 
-    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
+    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.validation_step(batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         self._log_eval("val")
@@ -167,22 +167,27 @@ class LanguageModel(LightningModule, ABC):
 
     def _log_eval(self, split: str) -> None:
         outputs, self._eval_outputs = self._eval_outputs, []
+        trainer: Any = self.trainer
         self.eval_metrics = self._aggregate(outputs[0], split)
-        if len(outputs) > 1:  # eval_mode sampled estimates the training split too
+        if len(outputs) > 1 and trainer.datamodule.config.eval_mode == "both":
+            full = self._aggregate(outputs[1], split)
+            self.eval_metrics |= {f"{split}/full_{x}": full[f"{split}/{x}"] for x in ("loss", "nats_per_char")}
+        elif len(outputs) > 1:  # eval_mode sampled estimates the training split too
             self.eval_metrics["train/eval_loss"] = self._aggregate(outputs[1], "train")["train/loss"]
-        self.log_dict(self.eval_metrics, logger=False, sync_dist=self.trainer.world_size > 1)
+        self.log_dict(self.eval_metrics, logger=False, sync_dist=trainer.world_size > 1)
 
     def _aggregate(self, outputs: list[tuple[Tensor, Tensor]], split: str) -> dict[str, float]:
         """Loss, nats per character, bits per byte and perplexity over all devices, summed in fp64 on the CPU."""
-        nats, counts = (torch.cat(columns) for columns in zip(*outputs, strict=True))  # (windows,), (windows, 3)
+        nats, counts = (torch.cat(columns) for columns in zip(*outputs, strict=True))  # (windows,), (windows, 4)
         if self.trainer.world_size > 1:
             nats, counts = (self.trainer.strategy.all_gather(x).flatten(0, 1) for x in (nats, counts))
         nats = nats.cpu().double()
         means = []
-        for count in counts.cpu().T:  # tokens, characters, bytes
+        *columns, draws = counts.cpu().T
+        for count in columns:  # tokens, characters, bytes
             # nan_strategy "disable" would keep a nan too, but ignores the weights.
             mean = MeanMetric(nan_strategy=math.nan, sync_on_compute=False).set_dtype(torch.float64)
-            mean.update(nats / count.clamp(min=1), count)
+            mean.update(nats / count.clamp(min=1), count * draws)
             means.append(mean.compute())
         loss, per_character, per_byte = means
         values = {
