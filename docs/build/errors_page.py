@@ -39,7 +39,7 @@ CASES = {
         (f"{FIT} --model.lr fast", "--model.lr fast: it must be a finite number above 0"),
         (f"{FIT} --model.compile perhaps", "--model.compile perhaps: it must be true or false"),
         (f"{FIT} --data.tokenizer word", "--data.tokenizer word: it must be char or bpe"),
-        (f"{FIT} --data.eval_mode ful", "--data.eval_mode ful: it must be full or sampled"),
+        (f"{FIT} --data.eval_mode ful", "--data.eval_mode ful: it must be full or sampled or both"),
         (f"{FIT} --model.lr_schedule linear", "--model.lr_schedule linear: it must be cosine or constant"),
         (f"{FIT} --sample.top_k 3", "--sample.top_k 3: only predict has this option; leave it out"),
         (f"{VALIDATE} --trainer.max_steps 5", "--trainer.max_steps 5: only fit has this option; leave it out"),

@@ -293,7 +293,7 @@ class MiniGPTCLI(LightningCLI):
         method(self.model, datamodule=self.datamodule, verbose=False)
         if self.trainer.is_global_zero:
             for name, value in self.model.eval_metrics.items():
-                print(f"{name:20}{value:.7f}")
+                print(f"{name:19} {value:.7f}")
 
     def predict(self, model: LanguageModel, **kwargs: Any) -> None:
         self.trainer.predict(model, datamodule=self.datamodule, return_predictions=False)

@@ -10,6 +10,7 @@ from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.runtime.ranges import Fraction, NonNegativeInt, OpenUnitInterval, PositiveInt, Seed, check_ranges
 
 SamplingMode = Literal["random", "epoch"]
+EvalMode = Literal["full", "sampled", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,10 @@ class DataConfig:
         bpe_across_lines: The bpe tokenizer merges across the ends of lines too; the text must be short.
         bpe_train_on: Text that the bpe tokenizer learns from: train is the first train_frac of the characters; all
             leaks validation and test text into the tokenizer.
-        eval_mode: full scores every token of a split once; sampled estimates the loss from random windows.
-        eval_iters: Batches in an evaluation with eval_mode sampled.
-        max_eval_tokens: Most tokens in an evaluation with eval_mode full; of a larger split it reads a part.
+        eval_mode: full scores every token of a split once; sampled estimates the loss from random windows; both does
+            both, and the estimate chooses best.ckpt and stops the run.
+        eval_iters: Batches in an evaluation with eval_mode sampled or both.
+        max_eval_tokens: Most tokens in an evaluation with eval_mode full or both; of a larger split it reads a part.
         sampling: random draws training windows from anywhere, with replacement; epoch shuffles adjacent windows.
         token_noise: Share of the training inputs that are replaced by random tokens, against memorising the text.
         num_workers: Processes that prepare batches, beside the training process.
@@ -56,7 +58,7 @@ class DataConfig:
     bpe_min_pair_freq: PositiveInt = 2
     bpe_across_lines: bool = False
     bpe_train_on: Literal["train", "all"] = "train"
-    eval_mode: Literal["full", "sampled"] = "full"
+    eval_mode: EvalMode = "full"
     eval_iters: PositiveInt = 100
     max_eval_tokens: PositiveInt = 2_000_000
     sampling: SamplingMode = "random"

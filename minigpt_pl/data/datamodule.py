@@ -33,6 +33,8 @@ from minigpt_pl.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
 
+EvalLoaders = DataLoader[EvalBatch] | list[DataLoader[EvalBatch]]
+
 
 class TokenizedText(NamedTuple):
     """A text that has been read; its tokens go by the name of their split."""
@@ -139,7 +141,7 @@ class TextDataModule(LightningDataModule):
             else:
                 tokens = tokenize(path, stats, tokenizer, ends, cache)
             window = config.block_size + 1
-            evaluated = window if config.eval_mode == "sampled" else 2
+            evaluated = 2 if config.eval_mode == "full" else window
             for split, least in zip(SPLITS, (window, evaluated, evaluated), strict=True):
                 if len(tokens[split]) < least and (split != "test" or config.test_frac):
                     problem = f"it is too short: its {split} split has {len(tokens[split])} tokens and needs {least}"
@@ -213,27 +215,35 @@ class TextDataModule(LightningDataModule):
         text = self.read()
         return text.tokens[split], text.tokenizer.token_lengths, self.config.block_size, self.config.batch_size
 
-    def eval_dataloader(self, split: str) -> DataLoader[EvalBatch]:
-        """The batches of an evaluation of a split, this process's share of them."""
+    def eval_dataloader(self, split: str, sampled: bool) -> DataLoader[EvalBatch]:
+        """The batches of a sampled or of a full evaluation of a split, this process's share of them."""
         trainer, config = self.trainer, self.config
         dataset, step = self.eval_dataset(split), None
-        if config.eval_mode == "sampled":
+        if sampled:
             purpose = (config.seed, "check", split)  # a fixed key: another one would draw other windows
-            dataset = datasets.SampledEvalDataset(*self._eval_args(split), count=config.eval_iters, purpose=purpose)
+            dataset = datasets.SampledEvalDataset(
+                *self._eval_args(split), drawn_batches=config.eval_iters, purpose=purpose
+            )
             step = self.eval_step
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         sampler = datasets.DistributedEvalSampler(len(dataset), rank, world, step)
         return self._loader(dataset, sampler)
 
-    def val_dataloader(self) -> DataLoader[EvalBatch] | list[DataLoader[EvalBatch]]:
+    def val_dataloader(self) -> EvalLoaders:
         """The validation split; in `fit` with eval_mode sampled the training split too, as in the reference report."""
-        sampled, trainer = self.config.eval_mode == "sampled", self.trainer
-        if sampled and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            return [self.eval_dataloader("val"), self.eval_dataloader("train")]
-        return self.eval_dataloader("val")
+        trainer = self.trainer
+        if self.config.eval_mode == "sampled" and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            return [self.eval_dataloader("val", True), self.eval_dataloader("train", True)]
+        return self._eval_dataloaders("val")
 
-    def test_dataloader(self) -> DataLoader[EvalBatch]:
-        return self.eval_dataloader("test")
+    def test_dataloader(self) -> EvalLoaders:
+        return self._eval_dataloaders("test")
+
+    def _eval_dataloaders(self, split: str) -> EvalLoaders:
+        """One for each estimator of a split's loss that eval_mode names; the first one chooses best.ckpt."""
+        if self.config.eval_mode == "both":
+            return [self.eval_dataloader(split, True), self.eval_dataloader(split, False)]
+        return self.eval_dataloader(split, self.config.eval_mode == "sampled")
 
     def predict_dataloader(self) -> DataLoader[list[int]]:
         """Token ids of each of `prompts`, by default of one empty prompt."""
@@ -242,8 +252,8 @@ class TextDataModule(LightningDataModule):
 
     def train_eval_batches(self) -> Iterator[EvalBatch]:
         """As many windows of the training split as an evaluation of the validation split reads."""
-        sampled = self.config.eval_mode == "sampled"
-        windows = self.config.eval_iters * self.config.batch_size if sampled else len(self.eval_dataset("val").starts)
+        full, drawn = self.config.eval_mode == "full", self.config.eval_iters * self.config.batch_size
+        windows = len(self.eval_dataset("val").starts) if full else drawn
         batches = self.eval_dataset("train", windows)
         return (batches[i] for i in range(len(batches)))
 

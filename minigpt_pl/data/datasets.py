@@ -39,12 +39,18 @@ class EvalBatch(NamedTuple):
 
     inputs: Tensor  # (B, T)
     targets: Tensor  # (B, T), IGNORE_INDEX where padded
-    counts: Tensor  # (B, 3), targets that are not padding, their characters and their bytes
+    counts: Tensor  # (B, 4), targets that are not padding, their characters, their bytes, and the window's draws
 
 
 def sample_starts(count: int, choices: int, *purpose: object) -> NDArray[np.int64]:
     """`count` random numbers below `choices`, drawn as fractions: another `choices` only scales them."""
     return (uniform(count, *purpose) * choices).astype(np.int64)
+
+
+@lru_cache(maxsize=2)  # an evaluation may sample two splits
+def distinct_starts(count: int, choices: int, *purpose: object) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The distinct numbers among `sample_starts` (n,), in order, and how often each was drawn (n,)."""
+    return np.unique(sample_starts(count, choices, *purpose), return_counts=True)
 
 
 def windows_in_epoch(length: int, block_size: int) -> int:
@@ -151,14 +157,18 @@ class EvalDataset(Dataset[EvalBatch]):
     def __getitem__(self, i: Any) -> EvalBatch:
         return self.batch_at(self.starts[i * self.batch_size : (i + 1) * self.batch_size])
 
-    def batch_at(self, starts: NDArray[np.int64]) -> EvalBatch:
-        """The batch of the windows at `starts`; positions after the end of the split are padding."""
+    def batch_at(self, starts: NDArray[np.int64], draws: NDArray[np.int64] | None = None) -> EvalBatch:
+        """The batch of the windows at `starts` (n,), each drawn `draws` (n,) times, by default once.
+
+        Positions after the end of the split are padding.
+        """
         positions = starts[:, None] + np.arange(self.block_size + 1)  # (n, T + 1)
         scored = positions[:, 1:] < len(self.ids)  # (n, T)
         windows = self.ids[np.minimum(positions, len(self.ids) - 1)].astype(np.int64)
         targets = np.where(scored, windows[:, 1:], IGNORE_INDEX)
         lengths = (self.token_lengths[windows[:, 1:]] * scored[..., None]).sum(1)  # (n, 2)
-        counts = np.concatenate([scored.sum(1, keepdims=True), lengths], 1)
+        draws = np.ones_like(starts) if draws is None else draws
+        counts = np.concatenate([scored.sum(1, keepdims=True), lengths, draws[:, None]], 1)
         rows = [(0, self.batch_size - len(starts)), (0, 0)]
         return EvalBatch(
             torch.from_numpy(np.pad(windows[:, :-1], rows)),
@@ -171,21 +181,26 @@ class EvalDataset(Dataset[EvalBatch]):
 class SampledEvalDataset(EvalDataset):
     """Batches of windows that are drawn anew, with replacement, for each evaluation: the reference report's estimator.
 
-    Item (step, i) is batch i of the evaluation at a step.
+    A window that is drawn several times is read once, and its loss is weighted: on a short split that is far cheaper.
+    Item (step, i) is batch i of the evaluation at a step. The last batches may be all padding, since Lightning needs
+    the same number at each step.
     """
 
-    count: int = 0  # batches in an evaluation
+    drawn_batches: int = 0  # in an evaluation
     purpose: tuple[object, ...] = ()  # with the step it determines the windows; see `seeding.uniform`
 
+    @property
+    def _choices(self) -> int:
+        return len(self.ids) - self.block_size
+
     def __len__(self) -> int:
-        return self.count
+        return min(self.drawn_batches, -(-self._choices // self.batch_size))
 
     def __getitem__(self, item: Any) -> EvalBatch:
         step, i = item
-        if i >= self.count:
-            return self.batch_at(self.starts)
-        begin, end = self.batch_size * i, self.batch_size * (i + 1)
-        return self.batch_at(sample_starts(end, len(self.ids) - self.block_size, *self.purpose, step)[begin:])
+        starts, draws = distinct_starts(self.drawn_batches * self.batch_size, self._choices, *self.purpose, step)
+        batch = slice(self.batch_size * i, self.batch_size * (i + 1))
+        return self.batch_at(starts[batch], draws[batch])
 
 
 @dataclass(eq=False)

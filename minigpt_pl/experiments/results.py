@@ -134,9 +134,13 @@ class Result:
         return split_basis(self.config["data"], self.summary["tokenizer_sha256"])
 
     def eval_protocol(self) -> tuple[Any, ...]:
-        """What a loss is measured on: losses can be compared only if this is equal."""
-        names = ("train_frac", "test_frac", "eval_mode", "max_eval_tokens")
-        return self.summary["data_sha256"], self.split_basis, *(self.config["data"][name] for name in names)
+        """What a loss is measured on: losses can be compared only if this is equal.
+
+        Runs with eval_mode sampled and both compare: the same estimator chooses their best evaluation.
+        """
+        data = self.config["data"]
+        estimator = ("full", data["max_eval_tokens"]) if data["eval_mode"] == "full" else ("sampled",)
+        return self.summary["data_sha256"], self.split_basis, data["train_frac"], data["test_frac"], *estimator
 
     def batch_protocol(self) -> tuple[Any, ...]:
         """What determines, with the seed, the batches of a run: equal seeds are pairs only if this is equal."""

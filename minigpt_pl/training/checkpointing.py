@@ -3,6 +3,7 @@
 `checkpoint.io` writes the files atomically.
 """
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ class BestCheckpoint(ModelCheckpoint):
     Lightning's state holds paths, and loses the best score when the run directory has moved; here it holds the metrics.
 
     Attributes:
-        best: Step and metrics of the best evaluation, by their names in summary.json; None before the first.
+        best: Step and metrics of the best evaluation, by their names in summary.json; None before the first. With
+            eval_mode both also the exact loss at that step, and where the exact loss was lowest.
     """
 
     NO_EVAL = dict.fromkeys(("best_val", "best_step", "best_nats_per_char", "best_bits_per_byte"))
@@ -91,10 +93,14 @@ class BestCheckpoint(ModelCheckpoint):
         if trainer.sanity_checking:
             return
         metrics = pl_module.eval_metrics
+        full = {"full_val_at_best": metrics["val/full_loss"]} if "val/full_loss" in metrics else {}
         if self.best["best_val"] is None or metrics["val/loss"] < self.best["best_val"]:
             names = ("val/loss", "val/nats_per_char", "val/bits_per_byte")
             loss, per_char, per_byte = (metrics[name] for name in names)
-            self.best = dict(zip(self.NO_EVAL, (loss, trainer.global_step, per_char, per_byte), strict=True))
+            best = dict(zip(self.NO_EVAL, (loss, trainer.global_step, per_char, per_byte), strict=True))
+            self.best = self.best | best | full
+        if full and metrics["val/full_loss"] < self.best.get("best_full_val", math.inf):
+            self.best = self.best | {"best_full_val": metrics["val/full_loss"], "best_full_step": trainer.global_step}
         super().on_validation_end(trainer, pl_module)  # saves, with `best` in the state
 
 

@@ -234,13 +234,14 @@ class LanguageModel(LightningModule, ABC):
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int, dataloader_idx: int = 0) -> None:
         inputs, targets, *rest = batch
-        counts = rest[0] if rest else (targets != IGNORE_INDEX).sum(-1, keepdim=True)
+        scored = (targets != IGNORE_INDEX).sum(-1)
+        counts = rest[0] if rest else torch.stack([scored, torch.ones_like(scored)], -1)  # each window drawn once
         while len(self._eval_outputs) <= dataloader_idx:
             self._eval_outputs.append([])
         self._eval_outputs[dataloader_idx].append((self.sequence_nll(inputs, targets), counts))
 
-    def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
+    def test_step(self, batch: tuple[Tensor, ...], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.validation_step(batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         self._log_eval("val")
@@ -253,8 +254,15 @@ class LanguageModel(LightningModule, ABC):
         if self._eval_outputs:
             outputs, self._eval_outputs = self._eval_outputs, []
             self.eval_metrics = self._aggregate(outputs[0], split)
-            if len(outputs) > 1:  # eval_mode sampled estimates the training split too
-                self.eval_metrics["train/eval_loss"] = self._aggregate(outputs[1], "train")["train/loss"]
+            mode = getattr(getattr(self.trainer.datamodule, "config", None), "eval_mode", "")  # type: ignore[attr-defined]
+            for i, others in enumerate(outputs[1:], 1):
+                if mode == "both":
+                    full = self._aggregate(others, split)
+                    self.eval_metrics |= {f"{split}/full_{x}": full[f"{split}/{x}"] for x in ("loss", "nats_per_char")}
+                elif mode == "sampled":  # as the reference report, which estimates the training split too
+                    self.eval_metrics["train/eval_loss"] = self._aggregate(others, "train")["train/loss"]
+                else:
+                    self.eval_metrics |= {f"{x}/dataloader_{i}": y for x, y in self._aggregate(others, split).items()}
         return self.eval_metrics
 
     def _log_eval(self, split: str) -> None:
@@ -270,15 +278,16 @@ class LanguageModel(LightningModule, ABC):
 
         The last two need the numbers of characters and bytes, which the batches of a TextDataModule have.
         """
-        nats, counts = (torch.cat(columns) for columns in zip(*outputs, strict=True))  # (windows,), (windows, 3 or 1)
+        nats, counts = (torch.cat(columns) for columns in zip(*outputs, strict=True))  # (windows,), (windows, 4 or 2)
         if self.trainer.world_size > 1:
             nats, counts = (self.trainer.strategy.all_gather(x).flatten(0, 1) for x in (nats, counts))
         nats = nats.cpu().double()
         means = []
-        for count in counts.cpu().T:  # tokens, characters, bytes
+        *columns, draws = counts.cpu().T
+        for count in columns:  # tokens, characters, bytes
             # nan_strategy "disable" would keep a nan too, but ignores the weights.
             mean = MeanMetric(nan_strategy=math.nan, sync_on_compute=False).set_dtype(torch.float64)
-            mean.update(nats / count.clamp(min=1), count)
+            mean.update(nats / count.clamp(min=1), count * draws)
             means.append(mean.compute())
         loss, *per_text = means
         values = {"loss": loss}

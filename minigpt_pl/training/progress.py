@@ -84,6 +84,7 @@ class ProgressBar(TQDMProgressBar):
         columns = [f"step {trainer.global_step:>5}/{trainer.max_steps}"]
         columns += [f"train/loss {train['train/loss']:.4f}"] if train else []
         columns += [f"val/loss {val['val/loss']:.4f}", f"nats/char {val['val/nats_per_char']:.4f}"]
+        columns += [f"val/full_loss {val['val/full_loss']:.4f}"] if "val/full_loss" in val else []
         columns += [f"{train['perf/tokens_per_s']:,.0f} tokens/s"] if "perf/tokens_per_s" in train else []
         if trainer.global_step < trainer.max_steps and not trainer.should_stop:
             seconds = min(self.seconds_left(trainer), get_callback(trainer, GracefulStop).seconds_left)

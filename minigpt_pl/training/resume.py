@@ -52,8 +52,8 @@ def dropped_splits(checkpoint: dict[str, Any], max_steps: int) -> list[str]:
 
 def eval_protocol(data: dict[str, Any], text_sha256: str) -> tuple[Any, ...]:
     """What val/loss depends on besides the model: under another protocol, losses do not compare."""
-    mode = data["eval_mode"]
-    return text_sha256, mode, data["eval_iters" if mode == "sampled" else "max_eval_tokens"]
+    names = {"full": ("max_eval_tokens",), "sampled": ("eval_iters",), "both": ("eval_iters", "max_eval_tokens")}
+    return text_sha256, data["eval_mode"], *(data[name] for name in names[data["eval_mode"]])
 
 
 def resume_state(

@@ -1,9 +1,20 @@
 """What is stored of a run: token losses, and a configuration without directories of the machine that it ran on."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from support.runs import rows_of, summary, train_small
 
-from minigpt_pl.experiments.results import Result, TokenNLL, run_differences, strip_paths
+from minigpt_pl.experiments.results import (
+    Result,
+    TokenNLL,
+    add_result,
+    measure,
+    read_results,
+    run_differences,
+    strip_paths,
+)
 from minigpt_pl.experiments.spec import resolve_config
 
 
@@ -69,3 +80,28 @@ def test_losses_on_splits_by_other_tokens_are_not_compared() -> None:
 )
 def test_results_name_no_directories_of_this_machine(text: str, expected: str) -> None:
     assert strip_paths(text) == expected
+
+
+def test_a_run_with_both_estimators_keeps_both(tmp_path: Path) -> None:
+    run = train_small(tmp_path, "--data.eval_mode", "both", "--data.eval_iters", 1)
+    result, nll = measure(run, "a", 1337, "", "")
+    add_result(tmp_path / "out", result, nll)
+    (stored,) = read_results(tmp_path / "out")
+    assert stored.summary | {"config": 0} == summary(run) | {
+        "config": 0, "window_sd": nll.window_sd(), "flops_per_token": stored.summary["flops_per_token"],
+    }  # fmt: skip
+    assert nll.mean.mean() == pytest.approx(stored.summary["full_val_at_best"], rel=1e-5)
+    losses = [float(row["val/full_loss"]) for row in rows_of(run) if row["split"] == "val"]
+    assert stored.metrics("val")["val/full_loss"] == pytest.approx(losses, rel=1e-5)
+    assert stored.summary["best_full_val"] == min(losses)
+
+
+def test_losses_compare_if_the_same_estimator_has_chosen_them() -> None:
+    def protocol(*args: str) -> tuple[object, ...]:
+        config = resolve_config([f"--data.{arg}" for arg in args])
+        return Result("a", 0, "", "", config, {"data_sha256": "d"}, "", []).eval_protocol()
+
+    assert protocol("eval_mode=both") == protocol("eval_mode=sampled") != protocol("eval_mode=full")
+    assert protocol("eval_mode=both") == protocol("eval_mode=both", "max_eval_tokens=64")
+    assert protocol("eval_mode=full") != protocol("eval_mode=full", "max_eval_tokens=64")
+    assert protocol("eval_mode=both") != protocol("eval_mode=both", "train_frac=0.8")

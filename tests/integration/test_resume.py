@@ -20,6 +20,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "moe": ("-c", "moe"),
     "bpe": ("-c", "bpe", "--data.bpe_vocab_size", 80),
     "moe and bpe": ("-c", "moe", "-c", "bpe", "--data.bpe_vocab_size", 80, "--data.eval_every", 8),
+    "both": ("--data.eval_mode", "both", "--data.eval_iters", 1, "--model.lr", 5, "--model.muon_lr", 5),  # loss rises
     "adamw": ("-c", "moe", "--model.optimizer", "adamw", "--model.conv_kernel_size", 3),
 }
 
@@ -58,6 +59,7 @@ def resume(minigpt: Call, run_dir: Path, *options: object) -> Outcome:
         ("modern", 1, 0, 15),  # the last but one, between two rows of metrics
         ("classic", 4, 0, 7),
         ("moe and bpe", 1, 2, 7),
+        ("both", 1, 0, 12),
     ],
 )
 def test_a_run_stopped_at_any_step_resumes_bit_exact(

@@ -18,9 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.nn.functional import cross_entropy
 
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.data.datasets import IGNORE_INDEX, EvalBatch
+from minigpt_pl.runtime.seeding import uniform
 from minigpt_pl.training.lit_modules import ClassicLM
 
 KINDS = ("char", "bpe")
@@ -50,8 +52,13 @@ def whole_split(data: TextDataModule, split: str = "val") -> list[EvalBatch]:
     return [batches[i] for i in range(len(batches))]
 
 
-def validate(data: TextDataModule, uniform: bool = False) -> dict[str, float]:
-    """Metrics of a model with random weights, or of one that predicts all tokens with equal probability."""
+def validate(data: TextDataModule, scale: float = 50) -> dict[str, float]:
+    """Metrics of a model with random weights; with scale 0 it predicts all tokens with equal probability."""
+    return evaluate(lively_model(data, scale), data)
+
+
+def lively_model(data: TextDataModule, scale: float) -> ClassicLM:
+    """A tiny model with random weights, those of the head times `scale`."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": data.vocab_size,
@@ -62,7 +69,11 @@ def validate(data: TextDataModule, uniform: bool = False) -> dict[str, float]:
     }
     model = ClassicLM(lr=1e-3, dropout=0.0, weight_decay=0.0, **sizes)
     with torch.no_grad():
-        model.net.head.weight.mul_(0 if uniform else 50)
+        model.net.head.weight.mul_(scale)
+    return model
+
+
+def evaluate(model: ClassicLM, data: TextDataModule) -> dict[str, float]:
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
@@ -110,7 +121,7 @@ def test_the_metrics_of_a_uniform_model_are_known_numbers(folder: Path, val: str
         first, *others = data.tokens("val").tolist()
         after_first = val[len(data.tokenizer.vocabulary[first]) :]
         nats = len(others) * math.log(data.vocab_size)
-        assert validate(data, uniform=True) == pytest.approx(
+        assert validate(data, scale=0) == pytest.approx(
             {
                 "val/loss": math.log(data.vocab_size),
                 "val/nats_per_char": nats / len(after_first),
@@ -178,12 +189,18 @@ def sampled(folder: Path, **changes: Any) -> TextDataModule:
     return module(folder, TEXT, **{"eval_mode": "sampled", "eval_iters": 5, **changes})
 
 
+def read_windows(batch: EvalBatch) -> list[list[int]]:
+    """Inputs of the rows that are not padding."""
+    return batch.inputs[batch.counts[:, 3] > 0].tolist()
+
+
 def test_a_sampled_evaluation_draws_its_windows_from_seed_and_step(folder: Path) -> None:
     def windows(step: int, **changes: Any) -> list[list[int]]:
-        batches = list(at(step, sampled(folder, **changes)).eval_dataloader("val"))
-        assert len(batches) == 5
-        assert torch.cat([batch.counts[:, 0] for batch in batches]).tolist() == [8] * 20, "whole windows only"
-        return torch.cat([batch.inputs for batch in batches]).tolist()
+        batches = list(at(step, sampled(folder, **changes)).eval_dataloader("val", True))
+        counts = torch.cat([batch.counts for batch in batches])
+        assert set(counts[counts[:, 3] > 0, 0].tolist()) == {8}, "whole windows only"
+        assert counts[:, 3].sum() == 20
+        return [row for batch in batches for row in read_windows(batch)]
 
     once = windows(10)
     assert windows(10) == once
@@ -192,13 +209,44 @@ def test_a_sampled_evaluation_draws_its_windows_from_seed_and_step(folder: Path)
     assert windows(10, seed=2) != once
     data = sampled(folder)
     data.load_state_dict(sampled(folder).state_dict() | {"step": 10})
-    inputs = [batch.inputs for batch in at(0, data).eval_dataloader("val")]
-    assert torch.cat(inputs).tolist() == once, "validate repeats the evaluation of the checkpoint's step"
+    again = [row for batch in at(0, data).eval_dataloader("val", True) for row in read_windows(batch)]
+    assert again == once, "validate repeats the evaluation of the checkpoint's step"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sampled_evaluation_is_the_mean_over_windows_drawn_with_replacement(folder: Path, kind: str) -> None:
+    data = sampled(folder, eval_iters=50, batch_size=7, tokenizer=kind)
+    model = lively_model(data, 50)
+    ids = torch.from_numpy(data.tokens("val").astype(np.int64))
+    fractions = uniform(50 * 7, 1, "check", "val", 0)  # an evaluation without a run is that of step 0
+    starts = [int(fraction * (len(ids) - 8)) for fraction in fractions]
+    nats, tokens, characters = 0.0, 0, 0
+    for start in starts:
+        window = ids[start : start + 9]
+        with torch.no_grad():
+            nats += cross_entropy(model.net(window[None, :-1])[0][0], window[1:], reduction="sum").item()
+        tokens += 8
+        characters += len(data.tokenizer.decode(window[1:].tolist()))
+    metrics = evaluate(model, data)
+    assert metrics["val/loss"] == pytest.approx(nats / tokens, rel=1e-6)
+    assert metrics["val/nats_per_char"] == pytest.approx(nats / characters, rel=1e-6)
+    assert len(set(starts)) < 0.8 * len(starts), "many windows are drawn several times"
+
+
+def test_a_window_that_is_drawn_several_times_is_read_once(folder: Path) -> None:
+    data = at(10, sampled(folder, eval_iters=200, batch_size=32))
+    choices = len(data.tokens("val")) - 8
+    for step in (10, 20):
+        batches = list(at(step, data).eval_dataloader("val", True))
+        assert len(batches) == -(-choices // 32), "as many at each step, and no more than there are windows"
+        draws = torch.cat([batch.counts[:, 3] for batch in batches])
+        assert draws.sum() == 200 * 32
+        assert (draws > 0).sum() <= choices
 
 
 def test_a_sampled_evaluation_reaches_every_window(folder: Path) -> None:
     data = sampled(folder, eval_iters=200, batch_size=32)
-    reached = {tuple(row) for batch in at(10, data).eval_dataloader("val") for row in batch.inputs.tolist()}
+    reached = {tuple(row) for batch in at(10, data).eval_dataloader("val", True) for row in read_windows(batch)}
     ids = data.tokens("val").tolist()
     assert reached == {tuple(ids[i : i + 8]) for i in range(len(ids) - 8)}
 
@@ -210,7 +258,7 @@ def test_a_sampled_evaluation_reads_both_splits_in_fit_and_one_afterwards(folder
     for split, loader in zip(("val", "train"), loaders, strict=True):
         text = data.tokenizer.decode(data.tokens(split).tolist())
         for batch in loader:
-            assert all(data.tokenizer.decode(row) in text for row in batch.inputs.tolist())
+            assert all(data.tokenizer.decode(row) in text for row in read_windows(batch))
     assert not isinstance(at(10, sampled(folder), fn=TrainerFn.VALIDATING).val_dataloader(), list)
     assert not isinstance(at(10, module(folder, TEXT)).val_dataloader(), list)
 
@@ -222,8 +270,8 @@ def test_a_sampled_evaluation_reads_both_splits_in_fit_and_one_afterwards(folder
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_an_evaluation_without_loss_or_duplicates(folder: Path, mode: str, world: int) -> None:
     def rows(rank: int, world: int) -> list[tuple[list[int], list[int]]]:
-        data = at(10, module(folder, TEXT, eval_mode=mode, eval_iters=5), rank, world)
-        batches = list(data.eval_dataloader("val"))
+        data = at(10, module(folder, TEXT, eval_iters=40), rank, world)
+        batches = list(data.eval_dataloader("val", mode == "sampled"))
         lengths.add(len(batches))
         return [(x, n) for b in batches for x, n in zip(b.inputs.tolist(), b.counts.tolist(), strict=True) if n[0] > 0]
 

@@ -187,7 +187,9 @@ def test_another_text_under_the_same_path_is_noticed(
 OTHER_EVALS = ("--data.eval_mode", "sampled", "--data.eval_iters", 1)
 
 
-@pytest.mark.parametrize("changes", [(), OTHER_EVALS], ids=["same evaluations", "other evaluations"])
+@pytest.mark.parametrize(
+    "changes", [(), OTHER_EVALS, ("--data.eval_mode", "both")], ids=["same evaluations", "other", "another estimator"]
+)
 def test_best_is_not_compared_with_evaluations_of_another_kind(
     fit: Call, resume: Call, tmp_path: Path, changes: tuple[Any, ...]
 ) -> None:
