@@ -32,8 +32,18 @@ The command of each run is below. It belongs to the run's commit: options may ha
 RESULTS = """
 ## Results
 
-Nats per character on the whole validation split at the best evaluation of each run (chosen on the same split), mean
+Nats per character {measured} at the best evaluation of each run (chosen on the same split), mean
 over seeds; total and active parameters; what one seed needed until it stopped; the step of the best evaluation.
+"""
+MEASURED = {
+    "full": "on the whole validation split",
+    "sampled": "estimated from `eval_iters` random batches of the validation split",
+}
+ESTIMATORS = """
+## Two estimators
+
+Nats per token, means over seeds. `sampled`: the lowest of a run's estimates, as in the reference report; `exact there`:
+the same weights on the whole validation split; `exact`: the lowest exact loss of a run, at its own step.
 """
 DIFFERENCES = """
 ## Differences
@@ -80,6 +90,14 @@ VARIANTS: Columns = {
     "FLOPs": lambda group: format_large(group.sizes["FLOPs"]),
     "minutes": lambda group: f"{np.median([result.minutes for result in group.results]):.1f}",
     "step": lambda group: f"{group.summary_mean('best_step'):.0f}",
+}
+BOTH: Columns = {
+    "run": lambda group: f"`{group.name}`",
+    "sampled": lambda group: f"{group.summary_mean('best_val'):.4f}",
+    "exact there": lambda group: f"{group.summary_mean('full_val_at_best'):.4f}",
+    "step": lambda group: f"{group.summary_mean('best_step'):.0f}",
+    "exact": lambda group: f"{group.summary_mean('best_full_val'):.4f}",
+    "its step": lambda group: f"{group.summary_mean('best_full_step'):.0f}",
 }
 COMPARISONS: Columns = {
     "difference": lambda one: f"`{one.name}`",
@@ -157,6 +175,8 @@ def render_report(study: StudyAnalysis, plots: Iterable[str]) -> str:
     def distinct(get: Callable[[Result], Any]) -> str:
         return "; ".join(sorted({str(get(result)) for result in results}))
 
+    modes = {"full" if result.config["data"]["eval_mode"] == "full" else "sampled" for result in results}
+    both = [group for group in study.ranked() if all("best_full_val" in one.summary for one in group.results)]
     missing = [f"`{name}`" for name in study.study.variants if name not in study.groups]
     lines = [
         f"# {name}\n",
@@ -168,12 +188,14 @@ def render_report(study: StudyAnalysis, plots: Iterable[str]) -> str:
         *([f"- not run: {', '.join(missing)}"] if missing else []),
         *([f"- not shown, since the study does not name them: {', '.join(study.unnamed)}"] if study.unnamed else []),
         *(f"- failed: `{name}`: {reason}" for name, reason in study.failed.items()),
-        RESULTS,
+        RESULTS.format(measured=" or ".join(MEASURED[mode] for mode in sorted(modes))),
         *render_table(VARIANTS, study.ranked()),
     ]
     if study.baselines:
         values = ", ".join(f"{name} {values['nats_per_char']:.4f}" for name, values in study.baselines.items())
         lines.append(f"\nBaselines: {values}.")
+    if both:
+        lines += [ESTIMATORS, *render_table(BOTH, both)]
     if study.comparisons:
         lines += [DIFFERENCES, *render_table(COMPARISONS | RATIOS, study.comparisons)]
     if experts := [*matches(study)]:

@@ -35,6 +35,7 @@ class Variant:
 
     args: list[str]  # of `fit`
     first_seed: int
+    seeds: int | None  # None for those of the study
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class Study:
     content: dict[str, Any]
     variants: dict[str, Variant]
     comparisons: list[tuple[str, str]]  # the first minus the second of each pair
-    seeds: int | None  # of each variant; None for the default
+    seeds: int | None  # of each variant that has no number of its own; None for the default
 
     def seeds_of(self, name: str) -> int:
         is_compared = any(name in pair for pair in self.comparisons)
-        return self.seeds or (MIN_SEEDS_COMPARISON if is_compared else DEFAULT_SEEDS)
+        return self.variants[name].seeds or self.seeds or (MIN_SEEDS_COMPARISON if is_compared else DEFAULT_SEEDS)
 
 
 def find_study(name: str) -> Path:
@@ -78,22 +79,26 @@ def read_study(path: Path) -> Study:
         refuse("it needs runs: a name and the options of fit for each, such as  wide: -c moe --model.n_embd 256")
     if unknown := content.keys() - set(STUDY_KEYS):
         refuse(f"the key {min(map(str, unknown))} is unknown; the keys are {', '.join(STUDY_KEYS)}")
-    seeds = content.get("seeds")
-    if seeds is not None and not (isinstance(seeds, int) and seeds >= 1):
-        refuse(f"seeds is {seeds}: it must be at least 1")
+
+    def seeds_in(entry: dict[str, Any], place: str = "") -> int | None:
+        seeds = entry.get("seeds")
+        if seeds is not None and not (isinstance(seeds, int) and seeds >= 1):
+            refuse(f"{place}seeds is {seeds}: it must be at least 1")
+        return seeds
+
     variants = {}
     for name, entry in content["runs"].items():
         entry = {"fit": entry} if isinstance(entry, str | None) else entry
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", str(name)):
             refuse(f"runs: {name} is not a valid name: use letters, digits, - and _")
-        if not isinstance(entry, dict) or entry.keys() - {"fit", "first_seed"}:
-            refuse(f"runs: {name}: give the options of fit, or fit: and first_seed:")
+        if not isinstance(entry, dict) or entry.keys() - {"fit", "first_seed", "seeds"}:
+            refuse(f"runs: {name}: give the options of fit, or fit:, first_seed: and seeds:")
         first = entry.get("first_seed", DEFAULT_FIRST_SEED)
         if not isinstance(first, int) or not 0 <= first < 2**31:
             refuse(f"runs: {name}: first_seed is {first}: it must be an integer of at least 0 and below 2^31")
         options = f"{content.get('base_args') or ''} {entry.get('fit') or ''}"
         try:
-            variants[str(name)] = Variant(shlex.split(options), first)
+            variants[str(name)] = Variant(shlex.split(options), first, seeds_in(entry, f"runs: {name}: "))
         except ValueError as error:
             refuse(f"runs: {name}: {options.strip()} cannot be split into arguments ({error})")
     comparisons, entries = [], content.get("comparisons") or []
@@ -106,7 +111,7 @@ def read_study(path: Path) -> Study:
         comparisons.append((first, second))
     if len(comparisons) > MAX_COMPARISONS:
         refuse(f"it names {len(comparisons)} comparisons: with more than {MAX_COMPARISONS} nothing can be found")
-    return Study(path.stem, content, variants, comparisons, seeds)
+    return Study(path.stem, content, variants, comparisons, seeds_in(content))
 
 
 class _Resolved(Exception):

@@ -284,6 +284,36 @@ def test_a_number_changed_by_hand_is_found(made: Path) -> None:
     assert not agrees(made, text)
 
 
+def test_both_estimators_of_a_run_stand_side_by_side(tmp_path: Path) -> None:
+    both = "--data.eval_mode both"
+    runs = [
+        result_of(
+            "a",
+            seed,
+            1 + seed**2 / 100,
+            both,
+            best_val=1.0,
+            full_val_at_best=1.2 + seed,
+            best_full_val=1.1,
+            best_full_step=90,
+        )
+        for seed in range(3)
+    ]
+    runs += [result_of("b", seed, 1.25 + seed / 100, "--data.eval_mode sampled") for seed in range(3)]
+    names = {"runs": dict.fromkeys("ab", ""), "comparisons": ["a - b"]}
+    text = render_report(StudyAnalysis(make_study(tmp_path / "one", runs, **names)), [])
+    table = text[text.index("## Two estimators") : text.index("## Differences")].strip().splitlines()
+    assert table[-1] == "| `a` | 1.0000 | 2.2000 | 200 | 1.1000 | 90 |", "and no row of b"
+    assert "character estimated from `eval_iters` random batches of the validation split at the best" in text
+    assert "-0.2433" in text[text.index("## Differences") :], "the same estimator chose both"
+    runs = [*runs[:3], *(result_of("b", seed, 1.25 + seed / 100) for seed in range(3))]
+    text = render_report(StudyAnalysis(make_study(tmp_path / "two", runs, **names)), [])
+    assert "on the whole validation split or estimated from" in text
+    assert "-0.2433" not in text[text.index("## Differences") :]
+    text = render_report(StudyAnalysis(make_study(tmp_path / "three", runs[3:], runs={"b": ""})), [])
+    assert "## Two estimators" not in text
+
+
 def test_a_text_of_one_window_has_no_sampling_error(tmp_path: Path) -> None:
     make_study(tmp_path, [result_of("a", 0, 1.0, window_sd=None)], runs={"a": ""})
     assert math.isnan(StudyAnalysis(tmp_path).groups["a"].sampling_error)

@@ -65,6 +65,9 @@ def test_first_seeds_come_first_and_named_comparisons_get_more(
     assert sum(name.startswith("a-") for name in names) == MIN_SEEDS_COMPARISON == 8
     assert sum(name.startswith("c-") for name in names) == 5
     assert len(planned(write(runs={"a": ""}, seeds=3))) == 3
+    own = write(runs={"a": "", "b": {"fit": "", "seeds": 3, "first_seed": 5}}, seeds=2)
+    assert planned(own) == ["a-1337", "b-5", "a-1338", "b-6", "b-7"]
+    assert planned(own, seeds=1) == ["a-1337", "b-5"]
     first, second = plan(read_study(write(runs={"a": "--model.n_layer 1"}, seeds=2)), Path("o"), Path("r"), None, [])
     assert (first.config["seed_everything"], second.config["seed_everything"]) == (1337, 1338)
     assert first.config["model"]["init_args"]["n_layer"] == 1
@@ -87,7 +90,8 @@ def test_first_seeds_come_first_and_named_comparisons_get_more(
         ({"runs": {"a": "", "b": ""}, "comparisons": ["a against b"]}, "such as a - b"),
         ({"runs": {"a": "", "b": ""}, "comparisons": ["a - c"]}, "a - c: write the names of two runs"),
         ({"runs": {"a": "", "b": ""}, "comparisons": ["a - b"] * 7}, "it names 7 comparisons"),
-        ({"runs": {"a": ""}, "seeds": 0}, "seeds is 0"),
+        ({"runs": {"a": ""}, "seeds": 0}, "yaml: seeds is 0"),
+        ({"runs": {"a": {"fit": "", "seeds": "x"}}}, "runs: a: seeds is x: it must be at least 1"),
     ],
 )
 def test_a_file_that_is_not_a_study_is_refused(directory: Path, minigpt: MiniGPT, content: dict, message: str) -> None:
