@@ -11,12 +11,16 @@ _MODULES = {
     "ClassicLM": "minigpt_pl.training.lit_modules",
     "ModernLM": "minigpt_pl.training.lit_modules",
     "AblationLM": "minigpt_pl.training.lit_modules",
+    "LanguageModel": "minigpt_pl.training.lit_modules",
     "TextDataModule": "minigpt_pl.data.datamodule",
+    "exact_training": "minigpt_pl.training.exact",
     "load_checkpoint": "minigpt_pl.api",
     "generate": "minigpt_pl.api",
     "score": "minigpt_pl.api",
 }
-__all__ = ["ClassicLM", "ModernLM", "TextDataModule", "generate", "load_checkpoint", "score"]
+__all__ = [
+    "ClassicLM", "LanguageModel", "ModernLM", "TextDataModule", "exact_training", "generate", "load_checkpoint", "score",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

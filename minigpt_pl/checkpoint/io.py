@@ -59,6 +59,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         checkpoint["digest"] = tensor_digest(checkpoint)
         temporary = path.with_name(f"{path.name}{TEMP_SUFFIX}")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()

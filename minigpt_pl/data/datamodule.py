@@ -44,6 +44,16 @@ class TokenizedText(NamedTuple):
     tokens: dict[str, TokenArray]
 
 
+class ResumableLoader(DataLoader[Any]):
+    """A loader that Lightning may resume within an epoch: where it stands follows from the step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing."""
+
+
 class TextDataModule(LightningDataModule):
     """Windows of one text file for training and evaluation.
 
@@ -154,7 +164,7 @@ class TextDataModule(LightningDataModule):
 
     def _loader(self, dataset: Dataset[Any], sampler: Sampler[Any]) -> DataLoader[Any]:
         # With its own generator: an iterator draws a seed, which must not come from the global generator.
-        return DataLoader(
+        return ResumableLoader(
             dataset, batch_size=None, sampler=sampler, num_workers=self.config.num_workers,
             generator=torch.Generator(), worker_init_fn=signals.ignore_signals,
         )  # fmt: skip
