@@ -189,8 +189,9 @@ class LanguageModel(LightningModule, ABC):
         if self.log_is_due():
             # Loggers take the step from the metrics; Lightning's own count of the steps is one less.
             metrics = self.train_metrics() | {"step": self.trainer.global_step}
-            precise = {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
-            self.log_dict(precise, on_step=True, on_epoch=False)
+            for name, value in metrics.items():
+                precise, shown = torch.tensor(value, dtype=torch.float64), name == "train/loss"
+                self.log(name, precise, on_step=True, on_epoch=False, prog_bar=shown)
 
     def on_train_epoch_end(self) -> None:
         if self.running_means.steps:  # a callback may monitor them where no logger writes them

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from minigpt_pl.runtime.atomic_io import SUMMARY_FILE, atomic_write
 from minigpt_pl.runtime.errors import DivergenceError
@@ -52,6 +54,13 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # the package itself may be a checkout
             found[name] = "not installed"
     return found
+
+
+def has_stopped(callback: EarlyStopping) -> bool:
+    """Whether this callback has ended the run, ours or another one of the user's."""
+    if isinstance(callback, ValLossEarlyStopping):
+        return callback.patience_exhausted
+    return callback.stopping_reason is not EarlyStoppingReason.NOT_STOPPED
 
 
 class RunSummary(Callback):
@@ -100,8 +109,8 @@ class RunSummary(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
         reason = get_callback(trainer, GracefulStop).reason
-        out_of_patience = any(c.patience_exhausted for c in trainer.callbacks if isinstance(c, ValLossEarlyStopping))
-        self._write(trainer, pl_module, reason or ("early_stopping" if out_of_patience else "completed"))
+        stopped = any(map(has_stopped, trainer.early_stopping_callbacks))
+        self._write(trainer, pl_module, reason or ("early_stopping" if stopped else "completed"))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.facts and not self._is_final(trainer):  # the run ended, but was killed before it wrote its summary
