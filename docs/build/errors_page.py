@@ -171,6 +171,7 @@ CASES = {
         (f"{FIT} --samples.prompt=~", "--samples.prompt ~: it must be text"),
         (f"{FIT} --samples.temperature -1", "--samples.temperature -1: it must be a finite number of at least 0"),
         (f"{FIT} --wandb.offline perhaps", "--wandb.offline perhaps: it must be true or false"),
+        (f"{FIT} --wandb.tags '[\"\"]'", "--wandb.tags [\"\"]: W&B takes tags of 1 to 64 characters"),
     ],
     "Run directories": [
         (f"{FIT} --run_dir", "--run_dir: its value is missing; write for example --run_dir runs/first"),

@@ -21,6 +21,7 @@ from minigpt_pl.checkpoint.io import BEST_CKPT, AtomicCheckpointIO, read_checkpo
 from minigpt_pl.checkpoint.run_dir import find_checkpoint, resolve_run_dir
 from minigpt_pl.checkpoint.validation import validate_config, validate_sizes
 from minigpt_pl.cli import errors, help, options
+from minigpt_pl.cli.environment import apply_environment
 from minigpt_pl.cli.prompts import PredictConfig, encode_prompts
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.generation.generate import SamplingConfig
@@ -73,6 +74,8 @@ class MiniGPTCLI(LightningCLI):
             self.checkpoint, self.base = self.read_start(self.ckpt_path) if self.ckpt_path else ({}, {})
             model = errors.class_name(self.base) if self.base else "ModernLM"
             errors.check_options(self.user_options, command, model)
+            if self.fits:
+                self.args, self.user_options = apply_environment(self.args, self.user_options, self.base)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module="jsonargparse")
                 super().__init__(
@@ -132,6 +135,8 @@ class MiniGPTCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config, self.resolved = self.parse(parser, self.base)
         errors.check_config(self.resolved)
+        if self.resolved.get("wandb"):
+            self.resolved["wandb"]["id"] = None  # whoever repeats the options, or forks, starts another run
         unused = errors.unused_options(self.user_options, self.resolved, self.command)
         self.notes = [*self.changes(self.base, unused), *unused.values()]
         if self.fits:
