@@ -19,7 +19,7 @@ def path_option(name: str, given: list[UserOption], command: str) -> str:
 
 
 def find_start(start: str, run_dir: str, command: str) -> Path | None:
-    """The checkpoint file that --ckpt_path, `start`, names; None for a new run."""
+    """The checkpoint file that --ckpt_path, `start`, names; None for a new run of `fit`."""
     if not start and command != "fit":
         remedy = "use --ckpt_path FILE, or --run_dir DIR --ckpt_path best (or last)"
         raise UserError(f"{command} needs a checkpoint", remedy=remedy)
