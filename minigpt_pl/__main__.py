@@ -19,6 +19,12 @@ COMMANDS = {  # name: (module, what the command does); each module has run(comma
     "export": ("minigpt_pl.cli.export", "convert a checkpoint to a Hugging Face folder"),
     "doctor": ("minigpt_pl.cli.doctor", "check that training works on this machine"),
 }
+OTHER_NAMES = {  # words of other tools: the command that does this here
+    "train": "fit", "pretrain": "fit", "finetune": "fit", "resume": "fit --run_dir DIR --ckpt_path last",
+    "sample": "predict", "generate": "predict", "inference": "predict",
+    "eval": "validate", "evaluate": "validate", "val": "validate",
+    "convert": "export", "sweep": "study", "check": "doctor",
+}  # fmt: skip
 HELP = "\n".join(
     [
         "usage: minigpt COMMAND [options]\n",
@@ -47,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             from difflib import get_close_matches
 
-            near = get_close_matches(command, COMMANDS, n=1)
+            near = [OTHER_NAMES.get(name, name) for name in get_close_matches(command, [*COMMANDS, *OTHER_NAMES], n=1)]
             remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
             problem = f"{command}: there is no such command" if command else "a command is missing"
             raise UserError(problem, remedy=remedy)

@@ -35,6 +35,8 @@ def one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests share the cores with whatever else runs, and the token cache with nobody."""
     torch.set_num_threads(1)
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:  # they would change every run
+        del os.environ[name]
     os.environ["WANDB_ERROR_REPORTING"] = "false"
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup would not see it

@@ -99,6 +99,7 @@ def test_export_and_baselines_run(minigpt: Callable[..., Outcome], trained: Path
         if not args or args[0] in NOT_RUN:
             continue
         replaced = {
+            "--run_dir": trained / "run",
             "--ckpt_path": trained / "run" / "best.ckpt",
             "--out": tmp_path / str(number),
             "--data.path": trained / "my.txt",

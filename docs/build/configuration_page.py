@@ -18,7 +18,13 @@ HEAD = """# Every option
 
 On the command line an option begins with two dashes (`--data.batch_size 16`). In a file for `-c` the dots are levels
 (`data: {batch_size: 16}`). Files and flags are read in their order, and the last one wins. A checkpoint is weaker than
-both, `configs/default.yaml` is weaker than the checkpoint, and the defaults in the code are the weakest.
+both, `configs/default.yaml` is weaker than the checkpoint, and the defaults in the code are the weakest. Variables of
+Weights & Biases stand above `configs/default.yaml`; [its page](wandb.md) lists them.
+
+Every command takes the `config.yaml` of a run: `validate`, `test` and `predict` skip what only `fit` has. (On the
+command line they refuse it.) A file may have a section for each command, as LightningCLI writes it, such as
+`fit: {data: {batch_size: 16}}`; a command reads its own section only. `--data my.txt` is short for
+`--data.path my.txt`; a YAML file there holds options.
 
 The column "default" shows the values of a `fit` without files. A dash means that there is no default, or that it
 follows from another option. `--config`, `--run_dir`, `--ckpt_path` and `--print_config` are for the command line only.

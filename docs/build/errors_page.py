@@ -20,7 +20,13 @@ CASES = {
     "Commands": [
         ("", "a command is missing; use one of fit, validate, test, predict, ..."),
         ("fti", "fti: there is no such command; did you mean fit?"),
-        ("sample", "sample: there is no such command; use one of fit, validate, test, predict, ..."),
+        ("train", "train: there is no such command; did you mean fit?"),
+        ("sample", "sample: there is no such command; did you mean predict?"),
+        ("generate", "generate: there is no such command; did you mean predict?"),
+        ("eval", "eval: there is no such command; did you mean validate?"),
+        ("evaluate", "evaluate: there is no such command; did you mean validate?"),
+        ("resume", "resume: there is no such command; did you mean fit --run_dir DIR --ckpt_path last?"),
+        ("frobnicate", "frobnicate: there is no such command; use one of fit, validate, test, predict, ..."),
         ("--model ModernLM fit", "--model: there is no such command; use one of fit, validate, test, predict, ..."),
     ],
     "Options": [
@@ -172,6 +178,7 @@ CASES = {
         (f"{FIT} --samples.prompt=~", "--samples.prompt ~: it must be text"),
         (f"{FIT} --samples.temperature -1", "--samples.temperature -1: it must be a finite number of at least 0"),
         (f"{FIT} --wandb.offline perhaps", "--wandb.offline perhaps: it must be true or false"),
+        (f"{FIT} --wandb.tags '[\"\"]'", "--wandb.tags [\"\"]: W&B takes tags of 1 to 64 characters"),
     ],
     "Run directories": [
         (f"{FIT} --run_dir", "--run_dir: its value is missing; write for example --run_dir runs/first"),
@@ -205,6 +212,9 @@ CASES = {
         (f"{VALIDATE} --data.train_frac 0.8", "--data.train_frac 0.8: run/best.ckpt was trained with 0.9; leave it out, or train a new model"),
         (f"{VALIDATE} --model.init_args.rope_theta 5", "--model.init_args.rope_theta 5: run/best.ckpt was trained with 10000.0; leave it out, or train a new model"),
         (f"{VALIDATE} --data.path other.txt", "--data.path other.txt: it is not the text that the checkpoint was trained on; name that one with --data.path FILE, or use --data.allow_data_change true"),
+        ("export --out NEW", "export needs a checkpoint; use --ckpt_path FILE, or --run_dir DIR --ckpt_path best (or last)"),
+        ("export --run_dir elsewhere --out NEW", "ckpt_path best: there is no elsewhere/best.ckpt; name a checkpoint that minigpt wrote"),
+        ("export --run_dir run --ckpt_path none.ckpt --out NEW", "--ckpt_path none.ckpt: the file does not exist; name a checkpoint that minigpt wrote"),
         ("test --ckpt_path run/best.ckpt", "data.test_frac 0: the text has no test split; set the share of the text to test on"),
     ],
     "Sampling": [

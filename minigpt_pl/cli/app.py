@@ -18,10 +18,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from minigpt_pl.checkpoint.io import BEST_CKPT, RUN_KEYS, AtomicCheckpointIO, read_checkpoint
-from minigpt_pl.checkpoint.run_dir import find_checkpoint, resolve_run_dir
+from minigpt_pl.checkpoint.run_dir import resolve_run_dir
 from minigpt_pl.checkpoint.validation import validate_config, validate_sizes
-from minigpt_pl.cli import errors, help, options
+from minigpt_pl.cli import config_files, errors, help, options
+from minigpt_pl.cli.environment import apply_environment
 from minigpt_pl.cli.prompts import PredictConfig, encode_prompts
+from minigpt_pl.cli.start import find_start, path_option
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.generation.generate import SamplingConfig
 from minigpt_pl.runtime import signals
@@ -67,15 +69,20 @@ class MiniGPTCLI(LightningCLI):
 
     def __init__(self, command: str, args: list[str]):
         self.command, self.fits, self.status = command, command == "fit", 0
-        self.args = options.resolve_config_names(args)
-        self.user_options = options.user_options(self.args)
+        self.args = config_files.resolve_files(args)
+        self.user_options = options.user_options(self.args, command)
         try:
             # Before the parser is built, which takes longer than to find most mistakes.
-            self.run_dir_option, start = self.path_option("run_dir"), self.path_option("ckpt_path")
-            self.ckpt_path = self.find_start(start, self.run_dir_option)
+            self.run_dir_option, start = (
+                path_option(name, self.user_options, command) for name in ("run_dir", "ckpt_path")
+            )
+            self.ckpt_path = find_start(start, self.run_dir_option, command)
             self.checkpoint, self.base = self.read_start(self.ckpt_path) if self.ckpt_path else ({}, {})
             model = errors.class_name(self.base) if self.base else "ModernLM"
             errors.check_options(self.user_options, command, model)
+            self.args = config_files.for_parser(self.args, command)
+            if self.fits:
+                self.args, self.user_options = apply_environment(self.args, self.user_options, self.base)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module="jsonargparse")
                 super().__init__(
@@ -135,28 +142,13 @@ class MiniGPTCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config, self.resolved = self.parse(parser, self.base)
         errors.check_config(self.resolved)
+        if self.resolved.get("wandb"):
+            self.resolved["wandb"]["id"] = None  # whoever repeats the options, or forks, starts another run
         unused = errors.unused_options(self.user_options, self.resolved, self.command)
         self.notes = [*self.changes(self.base, unused), *unused.values()]
         if self.fits:
             model = errors.class_name(self.resolved)
             self.run_dir, self.resuming = resolve_run_dir(self.run_dir_option, self.ckpt_path, model)
-
-    def path_option(self, name: str) -> str:
-        """--run_dir or --ckpt_path, which decide what else is read; "" if not given."""
-        matching = [option for option in self.user_options if option.name == name]
-        errors.check_options(matching, self.command)
-        return next((option.value for option in reversed(matching) if not option.file), "")
-
-    def find_start(self, start: str, run_dir: str) -> Path | None:
-        """The checkpoint file that --ckpt_path names."""
-        if not start and not self.fits:
-            remedy = "use --ckpt_path FILE, or --run_dir DIR --ckpt_path best (or last)"
-            raise UserError(f"{self.command} needs a checkpoint", remedy=remedy)
-        path = find_checkpoint(start, run_dir) if start else None
-        if self.fits and start == "best":
-            remedy = f"to fork it from its best step, use --ckpt_path {path} --run_dir NEW"
-            raise UserError("a run can only be resumed from last", option="ckpt_path", value=start, remedy=remedy)
-        return path
 
     def read_start(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """A checkpoint, and the part of its configuration that this command starts from."""

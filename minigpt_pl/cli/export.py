@@ -17,6 +17,9 @@ from tokenizers import models as token_models
 from torch import Tensor
 
 from minigpt_pl.checkpoint.io import read_checkpoint
+from minigpt_pl.cli.errors import name_as_typed
+from minigpt_pl.cli.options import user_options
+from minigpt_pl.cli.start import find_start
 from minigpt_pl.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from minigpt_pl.models.gpt import GPT, ClassicGPT, ModernGPT
 from minigpt_pl.models.moe import MoE
@@ -207,9 +210,16 @@ def run(command: str, args: list[str]) -> int:
     """Exports a checkpoint and lists the files."""
     about = "Writes a checkpoint as a Hugging Face model folder."
     parser = ArgumentParser(prog=f"minigpt {command}", exit_on_error=False, description=about)
-    parser.add_argument("--ckpt_path", type=str, required=True, help="The checkpoint file.")
+    parser.add_argument("--run_dir", type=str, default="", help="Directory of --ckpt_path last and best.")
+    parser.add_argument("--ckpt_path", type=str, default="", help="A file, or best or last in --run_dir; default best.")
     parser.add_argument("--out", type=str, required=True, help="The folder to write, new or empty.")
     options = parser.parse_args(args)
-    for path in export(Path(options.ckpt_path), Path(options.out)):
+    try:
+        start = find_start(options.ckpt_path or options.run_dir and "best", options.run_dir, command)
+        assert start is not None, "only fit may start from nothing"
+        files = export(start, Path(options.out))
+    except UserError as error:
+        raise name_as_typed(error, user_options(args, command)) from error
+    for path in files:
         print(path)
     return 0

@@ -27,7 +27,9 @@ TITLES = {
 }
 HIDDEN = {"validate": ("model", "seed"), "test": ("model", "seed"), "predict": ("model", "seed", "data")}
 """Options that a command takes but its help does not list: they come from the checkpoint."""
-METAVARS = {"config": "FILE", "run_dir": "DIR", "ckpt_path": "FILE", "model": "CLASS", "print_config": ""}
+METAVARS = {
+    "config": "FILE", "run_dir": "DIR", "ckpt_path": "FILE", "model": "CLASS", "print_config": "", "wandb.tags": "A,B",
+}  # fmt: skip
 
 
 def is_help_request(args: list[str]) -> bool:

@@ -1,14 +1,13 @@
 """Options by name: which exist, which the user gave, which are reserved, and how two configurations differ.
 
-How they are parsed and what is built from them is in `app`; what --help shows of them in `help`; how a mistake in one
-is reported in `errors`.
+How files are named is in `config_files`; how options are parsed, and what is built from them, in `app`; what --help
+shows of them in `help`; how a mistake in one is reported in `errors`.
 """
 
 import inspect
 import json
 import re
 from collections.abc import Iterator
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -72,6 +71,8 @@ TRAINER_TYPES = {  # stricter than Lightning's own, which fails late or not at a
 }
 FIT_ONLY = {"max_steps", "max_time", "gradient_clip_val", "accumulate_grad_batches", "log_every_n_steps"}
 """Trainer options that only `fit` has."""
+FIT_GROUPS = {"early_stopping", "checkpoint", "samples", "wandb"}
+SECTIONS = ("fit", "validate", "test", "predict")
 
 
 class OptionSpec(NamedTuple):
@@ -154,7 +155,7 @@ def option_name(name: str) -> str:
     return re.sub(r"\.(init_args|class_path)\b", "", name.lstrip("-")).rstrip("+")
 
 
-def user_options(args: list[str]) -> list[UserOption]:
+def user_options(args: list[str], command: str) -> list[UserOption]:
     """The options of a command line, including those of its files, in their order.
 
     Raises:
@@ -169,11 +170,13 @@ def user_options(args: list[str]) -> list[UserOption]:
         takes_next = not equals and rest and not re.match(r"-(?![\d.])", rest[0])
         option = UserOption(option_name(typed), value if equals else rest.pop(0) if takes_next else None, typed)
         if option.name in ("c", "config"):
-            options += options_in_file(str(option.value), "-c", "")
+            content = read_options_file(str(option.value), "-c")
+            for layer in layers(content, command):
+                options += config_options(layer, str(option.value))
         elif option.value and option.value.startswith("{"):
             options += options_in_braces(option)
         elif option.name in ("model", "data", "trainer") and option.value and Path(option.value).is_file():
-            options += options_in_file(option.value, typed, option.name)
+            options += config_options(read_options_file(option.value, typed), option.value, f"{option.name}.")
         else:
             options.append(option)
     return options
@@ -191,8 +194,8 @@ def options_in_braces(option: UserOption) -> list[UserOption]:
     return [UserOption(name, value, f"--{name}") for name, value in names]
 
 
-def options_in_file(file: str, typed: str, group: str) -> list[UserOption]:
-    """The options of a YAML file; `group` is the name of their group if the file holds one group only."""
+def read_options_file(file: str, typed: str) -> dict[str, Any]:
+    """The content of a YAML file of options, which `typed` names. Raises UserError if it is none."""
 
     def error(problem: str, remedy: str = "") -> UserError:
         return UserError(problem, option=typed, value=file, remedy=remedy)
@@ -213,7 +216,24 @@ def options_in_file(file: str, typed: str, group: str) -> list[UserOption]:
     if not isinstance(content, dict):
         kind = {list: "a list", type(None): "empty"}.get(type(content), "plain text")
         raise error(f"the file is {kind}", "write options by name, such as data: {batch_size: 16}")
-    return config_options(content, file, f"{group}." if group else "")
+    return content
+
+
+def layers(content: dict[str, Any], command: str) -> list[dict[str, Any]]:
+    """What a file holds for a command: its options, and then those of its section of that name, which win.
+
+    LightningCLI writes files with a section for each command. Sections of other commands are skipped, and so is what
+    only `fit` has: then the config.yaml of a run can be used by every command.
+    """
+    sections = {name for name in SECTIONS if isinstance(content.get(name, 0), dict | None)}
+    shared = {name: value for name, value in content.items() if name not in sections}
+    found = [shared, content[command] or {}] if command in sections else [shared]
+    if command != "fit":
+        found = [{name: value for name, value in layer.items() if name not in FIT_GROUPS} for layer in found]
+        for layer in found:
+            if isinstance(trainer := layer.get("trainer"), dict):
+                layer["trainer"] = {name: value for name, value in trainer.items() if name not in FIT_ONLY}
+    return found
 
 
 def config_options(config: dict[str, Any], file: str, prefix: str = "") -> list[UserOption]:
@@ -229,32 +249,6 @@ def flatten(node: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def resolve_config_names(args: list[str]) -> list[str]:
-    """The command line, where each -c NAME that is not a file is replaced by the shipped file of that name."""
-    rest, resolved = list(args), []
-    while rest:
-        arg = rest.pop(0)
-        flag, equals, value = (arg[:2], "=", arg[2:].lstrip("=")) if re.match("-c.", arg) else arg.partition("=")
-        if flag not in ("-c", "--config"):
-            resolved.append(arg)
-        elif value := value if equals else rest.pop(0) if rest else "":
-            resolved += ["--config", config_path(value)]
-        else:
-            raise UserError("its value is missing", option=flag, remedy=f"name a file, as in {flag} smoke")
-    return resolved
-
-
-def config_path(name: str) -> str:
-    """The file of that name, or the shipped one."""
-    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
-        if path.is_file() or path == Path(name) and path.exists():
-            return str(path)
-    shipped = [str(path.relative_to(CONFIGS).with_suffix("")) for path in sorted(CONFIGS.rglob("*.yaml"))]
-    near = get_close_matches(name.removesuffix(".yaml"), shipped, n=1)
-    remedy = f"did you mean {near[0]}?" if near else f"shipped files are {', '.join(shipped[:5])} and others"
-    raise UserError("there is no such file", option="-c", value=name, remedy=remedy)
 
 
 def config_diff(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -38,6 +38,7 @@ from minigpt_pl.runtime.quiet import silence_libraries
 from minigpt_pl.training.progress import format_duration
 
 REPORT_INTERVAL = 300.0  # seconds without other output after which the progress is printed
+OF_ONE_RUN = ("WANDB_NAME", "WANDB_RUN_ID")  # variables that would make one W&B run of all
 
 
 class Runner:
@@ -82,11 +83,12 @@ class Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         package = str(Path(__file__).parents[2])  # also of a checkout that is not installed
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+        env = {name: text for name, text in os.environ.items() if name not in OF_ONE_RUN}
         with log.open("ab") as file:  # in its own session, Ctrl-C reaches it once, through this process
             process = self.processes[run] = subprocess.Popen(
                 [sys.executable, "-m", "minigpt_pl", "fit", *run.fit_args()],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads_of(self.jobs)), "PYTHONPATH": path},
+                env=env | {"OMP_NUM_THREADS": str(threads_of(self.jobs)), "PYTHONPATH": path},
             )  # fmt: skip
         status = process.wait()
         if status == 0 and run.has_ended():

@@ -16,7 +16,8 @@ import yaml
 
 from minigpt_pl.checkpoint.io import LAST_CKPT
 from minigpt_pl.cli.app import MiniGPTCLI
-from minigpt_pl.cli.options import CONFIGS, resolve_config_names, user_options
+from minigpt_pl.cli.config_files import resolve_files
+from minigpt_pl.cli.options import CONFIGS, user_options
 from minigpt_pl.experiments.results import RUNS_FILE, Result, datamodule_of, run_differences, strip_paths
 from minigpt_pl.experiments.statistics import MAX_COMPARISONS, MIN_SEEDS_COMPARISON
 from minigpt_pl.runtime.atomic_io import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, atomic_write
@@ -125,7 +126,7 @@ class DryRunCLI(MiniGPTCLI):
 
 def resolve_config(args: list[str]) -> dict[str, Any]:
     """The whole configuration of `fit` with these arguments; UserError if `fit`, or a study, refuses one of them."""
-    for option in user_options(resolve_config_names(args)):
+    for option in user_options(resolve_files(args), "fit"):
         if option.name in RESERVED_OPTIONS and not option.file:
             raise UserError(f"{option}: the study decides it", remedy="remove the option")
     try:

@@ -21,7 +21,7 @@ from minigpt_pl.runtime.errors import UserError, rank_zero_print
 from minigpt_pl.training.callbacks import StepSeeder
 from minigpt_pl.training.checkpointing import BestCheckpoint, LastCheckpoint, SaveConfig
 from minigpt_pl.training.lit_modules import LanguageModel
-from minigpt_pl.training.loggers import ResumableCSVLogger, WandbCallback, new_run_id, wandb_run
+from minigpt_pl.training.loggers import ResumableCSVLogger, WandbCallback, choose_run_id, wandb_run
 from minigpt_pl.training.metrics import TrainMetrics
 from minigpt_pl.training.patches import set_callbacks
 from minigpt_pl.training.progress import ProgressBar
@@ -53,7 +53,7 @@ class FitRunner:
     ):
         self.run_dir, self.resuming, self.start, self.checkpoint = run_dir, resuming, start, checkpoint
         self.config, self.init = config, init
-        self.wandb_id = checkpoint["wandb_id"] if resuming else new_run_id()
+        self.wandb_id = choose_run_id(init.wandb, checkpoint["wandb_id"] if resuming else None)
         self.forking = bool(checkpoint) and not resuming
         parent = (str(start), checkpoint["global_step"]) if self.forking else (None, None)
         self.summary = RunSummary(config, *parent)

@@ -116,20 +116,33 @@ class WandbConfig:
     Args:
         offline: Keep everything on this machine.
         project: The W&B project of the run.
+        entity: The W&B user or team that the project belongs to; by default the one that W&B knows.
+        id: The id of the W&B run, which may exist; by default a new one, or that of the resumed run.
         name: Name of the run; by default that of the run directory.
         group: Runs that belong together, such as the seeds of one configuration.
         job_type: Kind of run within its group.
-        tags: Tags of the run.
+        tags: Tags of the run, as [a, b] or a,b.
         log_best: Store best.ckpt as an artifact when the run ends.
+
+    Raises:
+        UserError: If a tag is not one for W&B.
     """
 
     offline: bool = True
     project: str = "minigpt"
+    entity: str | None = None
+    id: str | None = None
     name: str | None = None
     group: str | None = None
     job_type: str | None = None
-    tags: list[str] | None = None
+    tags: list[str] | None | str = None
     log_best: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tags, str):  # as in WANDB_TAGS
+            self.tags = [tag.strip() for tag in self.tags.split(",") if tag.strip()]
+        if not all(1 <= len(tag) <= 64 for tag in self.tags or ()):
+            raise UserError("W&B takes tags of 1 to 64 characters", option="wandb.tags", value=self.tags)
 
     def start(self, run_dir: Path, run_id: str, config: dict[str, Any]) -> BufferedWandbLogger:
         """A logger whose W&B run has begun.
@@ -139,17 +152,17 @@ class WandbConfig:
         """
         import wandb  # takes seconds, and validate and predict do not need it
 
-        options = asdict(self) | {"name": self.name or run_dir.name}
+        options = asdict(self) | {"name": self.name or run_dir.name, "id": run_id}
         del options["log_best"]
         options["mode"] = (
             "offline" if options.pop("offline") else "online"
         )  # Lightning's own offline=True sets os.environ
         quiet = wandb.Settings(silent=True, console="off")
-        logger = BufferedWandbLogger(save_dir=str(run_dir), id=run_id, config=config, settings=quiet, **options)
+        logger = BufferedWandbLogger(save_dir=str(run_dir), config=config, settings=quiet, **options)
         remove_anonymous(logger)
         try:
             if not self.offline and not wandb.login(prompt=False):
-                remedy = "run wandb login, or leave the option out"
+                remedy = "run wandb login, or leave it out"
                 raise UserError("W&B has no API key", option="wandb.offline", value=False, remedy=remedy)
             _ = logger.experiment
         except wandb.Error as error:
@@ -158,10 +171,12 @@ class WandbConfig:
         return logger
 
 
-def new_run_id() -> str:
-    """The id of a new W&B run. In a sweep, the agent has chosen one, and W&B accepts no other."""
-    sweep_id = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
-    return sweep_id or secrets.token_hex(4)
+def choose_run_id(config: WandbConfig | None, resumed: str | None) -> str:
+    """The id of the W&B run: the option's, else that of the resumed run, if any, else WANDB_RUN_ID, else a new one.
+
+    In a sweep, the agent has chosen WANDB_RUN_ID, and W&B accepts no other.
+    """
+    return (config and config.id) or resumed or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
 
 
 @contextmanager

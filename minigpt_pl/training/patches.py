@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import WandbLogger
 
+from minigpt_pl.training.wandb_variables import HIDDEN
+
 STEP_HOOKS = (
     "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
     "on_before_optimizer_step", "on_train_batch_end",
@@ -66,6 +68,8 @@ def wandb_environment(run_dir: Path, offline: bool) -> Iterator[None]:
     os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").resolve()))  # else tables are copied to the home
     if offline:
         os.environ["WANDB_ERROR_REPORTING"] = "false"  # it looks up its error server even when offline
+    for name in HIDDEN:
+        os.environ.pop(name, None)
     try:
         yield
     finally:

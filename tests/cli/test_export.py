@@ -96,7 +96,10 @@ def test_a_folder_with_files_is_not_overwritten(minigpt, tmp_path):
     best = json.loads((run / "summary.json").read_text())
     assert f"split of this text: {best['best_val']:.4f} nats/token" in (tmp_path / "new" / "README.md").read_text()
     minigpt("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", 50, "--model.lr", 10)
-    export(Path(run / "last.ckpt"), tmp_path / "last")
+    assert minigpt("export", "--run_dir", run, "--ckpt_path", "last", "--out", tmp_path / "last").status == 0
+    assert minigpt("export", "--run_dir", run, "--out", tmp_path / "best").status == 0
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("new", "best", "last")]
+    assert cards[0] == cards[1] != cards[2]
     assert "split of this text: not known" in (tmp_path / "last" / "README.md").read_text()  # best is not last
     assert files == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",

@@ -234,8 +234,13 @@ def test_stored_runs_are_not_repeated_and_runs_of_other_options_are_refused(dire
 
 
 @pytest.mark.e2e
-def test_a_run_is_a_process_and_a_run_without_results_is_reported(directory: Path, minigpt: MiniGPT) -> None:
-    path = write(runs={"bad": "", "good": ""}, seeds=1)
+def test_a_run_is_a_process_and_a_run_without_results_is_reported(
+    directory: Path, minigpt: MiniGPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = f"{SMALL} --data.path text.txt".replace("--wandb null", "--wandb.offline true")
+    path = write(runs={"bad": "", "good": ""}, seeds=1, base_args=base)
+    for name, text in (("NAME", "n"), ("RUN_ID", "i"), ("PROJECT", "p"), ("MODE", "online"), ("RUN_GROUP", "g")):
+        monkeypatch.setenv(f"WANDB_{name}", text)
     Path("runs/trial/bad-1337").mkdir(parents=True)
     Path("runs/trial/bad-1337/summary.json").write_text('{"stop_reason": "completed"}')
     done = minigpt("study", path)
@@ -246,6 +251,9 @@ def test_a_run_is_a_process_and_a_run_without_results_is_reported(directory: Pat
     assert re.search(r"^\[2/2\] good-1337 done: \d\.\d{4} nats/char at step 20, \d+ s$", done.out, re.MULTILINE)
     assert re.search("^failed: bad-1337: .*best.ckpt.* does not exist", done.err, re.MULTILINE)
     assert "the sea" not in done.out  # what a run prints goes to its log
+    wandb = yaml.safe_load(Path("runs/trial/good-1337/config.yaml").read_text("utf-8"))["wandb"]
+    assert [wandb[name] for name in ("name", "project", "offline", "group")] == [None, "p", True, "trial/good"]
+    assert not list(Path("runs/trial/good-1337/wandb").glob("offline-run-*-i"))  # each run is one of its own
     assert "best val/loss" in Path("runs/trial/good-1337.log").read_text()
     assert [str(result) for result in results.read_results(OUT)] == ["good-1337"]
     assert minigpt("report", OUT).status == 0

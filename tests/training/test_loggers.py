@@ -38,6 +38,9 @@ class Written:
     """What a .wandb file holds."""
 
     id: str = ""
+    name: str = ""
+    entity: str = ""
+    project: str = ""
     group: str = ""
     job_type: str = ""
     tags: list[str] = field(default_factory=list)
@@ -87,6 +90,7 @@ def read_now(folder: Path) -> Written:
         kind = record.WhichOneof("record_type")
         if kind == "run":
             out.id, out.group, out.job_type = record.run.run_id, record.run.run_group, record.run.job_type
+            out.name, out.entity, out.project = record.run.display_name, record.run.entity, record.run.project
             out.tags = list(record.run.tags)
             out.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         elif kind == "history":
@@ -181,8 +185,53 @@ def test_a_failed_run_is_marked_and_an_online_run_without_a_key_is_refused(
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
     done = minigpt(*FIT, "--data.path", text_file, "--run_dir", tmp_path / "live", "--wandb.offline", "false")
     assert done.status == 2
-    assert done.err == "error: --wandb.offline false: W&B has no API key; run wandb login, or leave the option out\n"
+    assert done.err == "error: --wandb.offline false: W&B has no API key; run wandb login, or leave it out\n"
     assert not (tmp_path / "live").exists()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    done = minigpt(*FIT, "--data.path", text_file, "--run_dir", tmp_path / "live")
+    assert "WANDB_MODE online in the environment: W&B has no API key" in done.err
+
+
+def test_variables_label_a_run_and_neither_the_next_one_nor_its_fork(
+    minigpt: Callable[..., Outcome], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stay in the run's configuration, which a resume keeps; only the mode follows the machine."""
+    fit = (*FIT, "--data.path", text_file, "--samples", "null")
+    labels = {"NAME": "n", "ENTITY": "e", "PROJECT": "p", "RUN_GROUP": "g", "JOB_TYPE": "j", "TAGS": "a,b"}
+    with monkeypatch.context() as patch:
+        for name, text in labels.items():
+            patch.setenv(f"WANDB_{name}", text)
+        patch.setenv("WANDB_RUN_ID", "chosen")
+        assert minigpt(*fit, "--wandb.job_type", "flag", "--run_dir", tmp_path / "one").status == 0
+        assert os.environ["WANDB_TAGS"] == "a,b"
+    first = read(*folders(tmp_path / "one"))
+    assert (first.id, first.name, first.entity, first.project) == ("chosen", "n", "e", "p")
+    assert (first.group, first.job_type, first.tags) == ("g", "flag", ["a", "b"])
+    stored = yaml.safe_load((tmp_path / "one" / "config.yaml").read_text("utf-8"))["wandb"]
+    assert (stored["name"], stored["group"], stored["job_type"], stored["id"]) == ("n", "g", "flag", None)
+
+    assert minigpt(*fit, "--run_dir", tmp_path / "two", "--wandb.tags", "c", "--wandb.entity", "f").status == 0
+    second = read(*folders(tmp_path / "two"))
+    assert (second.name, second.entity, second.group, second.tags) == ("two", "f", "", ["c"])
+
+    resume = ("fit", "--run_dir", tmp_path / "one", "--ckpt_path", "last", "--trainer.max_steps")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "other")
+    monkeypatch.setenv("WANDB_RUN_ID", "other")
+    assert minigpt(*resume, 10).err == "trainer.max_steps: 8 -> 10\n"
+    resumed = read(folders(tmp_path / "one")[-1])
+    assert (resumed.id, resumed.name, resumed.group) == ("chosen", "n", "g")
+    assert minigpt(*resume, 12, "--wandb.id", "mine").status == 0
+    assert read(folders(tmp_path / "one")[-1]).id == "mine"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert "wandb: {" in minigpt(*resume, 14).err
+    assert len(folders(tmp_path / "one")) == 3
+
+    fork = ("--ckpt_path", tmp_path / "two" / "best.ckpt", "--run_dir", tmp_path / "fork", "--trainer.max_steps", 16)
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    monkeypatch.delenv("WANDB_RUN_ID")
+    assert minigpt("fit", *fork).status == 0
+    forked = read(*folders(tmp_path / "fork"))
+    assert (forked.id in (second.id, "other"), forked.tags, forked.group) == (False, ["c"], "other")
 
 
 @pytest.mark.parametrize(("layers", "experts", "expected"), [(3, 10, 30), (4, 8, 8), (16, 4, 2)])
