@@ -6,6 +6,7 @@ how a run trains is in `training`.
 """
 
 import argparse
+from dataclasses import replace
 import re
 import warnings
 from collections.abc import Container, Iterator
@@ -32,9 +33,10 @@ from minigpt_pl.runtime.quiet import silence_libraries
 from minigpt_pl.runtime.ranges import Seed
 from minigpt_pl.training import sampling
 from minigpt_pl.training.checkpointing import CheckpointConfig
-from minigpt_pl.training.fit import FitRunner
+from minigpt_pl.training.fit import FitRunner, as_list
 from minigpt_pl.training.lit_modules import MODELS, LanguageModel
 from minigpt_pl.training.loggers import WandbConfig
+from minigpt_pl.training.run_length import EPOCH_OPTIONS, in_steps
 from minigpt_pl.training.stopping import ValLossEarlyStopping
 from minigpt_pl.training.summary import format_summary, resume_command
 
@@ -124,6 +126,8 @@ class MiniGPTCLI(LightningCLI):
         parser.add_lightning_class_args(TextDataModule, "data")
         skipped = options.RESERVED.keys() | (set() if self.fits else options.FIT_ONLY)
         parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=skipped)
+        if self.fits:
+            parser.set_defaults({"trainer.check_val_every_n_epoch": None})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data", "model.init_args.vocab_size", self.vocab_size, apply_on="instantiate")
@@ -217,12 +221,12 @@ class MiniGPTCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         init = self.config_init[self.command]
-        kwargs |= dict.fromkeys(("logger", "use_distributed_sampler", "enable_model_summary"), False)
-        kwargs["num_sanity_val_steps"] = 0
-        callbacks, self.io = list(init.trainer.callbacks or []), AtomicCheckpointIO()
+        kwargs["logger"] = False
+        callbacks, self.io = as_list(init.trainer.callbacks), AtomicCheckpointIO()
         if self.fits:
+            self.use_steps(init)
             self.training = FitRunner(self.run_dir, self.resuming, self.ckpt_path, self.checkpoint, self.resolved, init)
-            callbacks += self.training.callbacks()
+            callbacks = self.training.callbacks(callbacks)
             kwargs |= self.training.trainer_options()
         else:
             kwargs |= {"enable_checkpointing": False, "enable_progress_bar": False}
@@ -231,6 +235,20 @@ class MiniGPTCLI(LightningCLI):
             kwargs |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # each device would write the same text
         kwargs["plugins"] = [*(init.trainer.plugins or []), self.io]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def use_steps(self, init: Any) -> None:
+        """Turns epochs and batches, as the Trainer counts, into the steps that config.yaml then holds."""
+        given = any(o.name == "trainer.max_steps" for o in self.user_options) or bool(self.checkpoint)
+        found = in_steps(self.resolved["trainer"], init.data, init.trainer.max_steps if given else None)
+        for name in EPOCH_OPTIONS:
+            if (value := self.resolved["trainer"][name]) is not None:
+                self.notes.append(f"trainer.{name} {value}: {', '.join(f'{k} is {v}' for k, v in found.items())}")
+            init.trainer[name] = self.resolved["trainer"][name] = None
+        if "max_steps" in found:
+            init.trainer.max_steps = self.resolved["trainer"]["max_steps"] = found["max_steps"]
+        if "eval_every" in found:
+            self.resolved["data"]["eval_every"] = found["eval_every"]
+            init.data.config = replace(init.data.config, eval_every=found["eval_every"])
 
     def prepare(self) -> None:
         init = self.config_init[self.command]
@@ -253,8 +271,12 @@ class MiniGPTCLI(LightningCLI):
     # The commands.
 
     def fit(self, model: LanguageModel, **kwargs: Any) -> None:
-        self.training.run(self.trainer, model, self.datamodule, self.io)
-        self.close()
+        if self.trainer.fast_dev_run:
+            self.trainer.fit(model, datamodule=self.datamodule)
+            print(f"fast_dev_run: {self.trainer.global_step} steps and an evaluation ran, and nothing was written")
+        else:
+            self.training.run(self.trainer, model, self.datamodule, self.io)
+            self.close()
 
     def close(self) -> None:
         """The end of a run: exit status, a table, and a sample of the best model."""

@@ -83,8 +83,7 @@ def option_problem(option: UserOption, command: str, model: str) -> tuple[str, s
         problem = None if type_accepts(spec.type, value) else describe_type(spec.type, name)
         return (problem, "") if problem else None
     if (reserved := name.removeprefix("trainer.")) in options.RESERVED and reserved != name:
-        instead = options.RESERVED[reserved]
-        return "minigpt sets this Trainer option itself", f"use {instead}" if instead else "leave it out"
+        return options.RESERVED[reserved]
     if any(name.startswith(f"{spec}.") for spec in specs if spec.startswith("trainer.")):
         return None  # an argument of a class that the user named: the parser knows it
     for other in ("fit", "predict"):

@@ -36,20 +36,15 @@ LINKED = {  # options whose value follows from another one: what to do instead
     "data.block_size": ("its value follows from the model", "use --model.block_size"),
     "data.seed": ("one seed is used for the whole run", "use --seed_everything"),
 }
-RESERVED = {  # Trainer options that this project sets itself, to count steps in one way: what to use instead
-    "logger": "--wandb",
-    "default_root_dir": "--run_dir",
-    "enable_checkpointing": "--checkpoint.every_n_train_steps",
-    **dict.fromkeys(["val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"], "--data.eval_every"),
-    **dict.fromkeys(["max_epochs", "min_epochs", "fast_dev_run", "limit_train_batches"], "--trainer.max_steps"),
-    **dict.fromkeys(["limit_val_batches", "limit_test_batches"], "--data.max_eval_tokens"),
-    "limit_predict_batches": "--sample.max_new_tokens",
-    "overfit_batches": "--data.path with a short text",
-    "min_steps": "--early_stopping.patience",
-    "gradient_clip_algorithm": "--trainer.gradient_clip_val",
-    "reload_dataloaders_every_n_epochs": "", "use_distributed_sampler": "", "barebones": "", "model_registry": "",
-    "inference_mode": "", "sync_batchnorm": "", "enable_model_summary": "",
-}  # fmt: skip
+RESERVED = {  # Trainer options that would make a file or a metric wrong: why, and what to do instead
+    "default_root_dir": ("a run has its own directory", "use --run_dir"),
+    "enable_checkpointing": ("a run always saves its checkpoints", "use --trainer.fast_dev_run true to try an option"),
+    "min_epochs": ("a run counts steps", "use --trainer.min_steps"),
+    "reload_dataloaders_every_n_epochs": ("a batch depends on the step alone", "leave it out"),
+    "use_distributed_sampler": ("each device reads its own windows already", "leave it out"),
+    "barebones": ("it would switch off what a run records", "use --wandb null and --samples null"),
+    "model_registry": ("models stay on this machine", "use --wandb.log_best true"),
+}
 TRAINER_HELP = {  # the Trainer options that --help lists; --trainer.help lists the others, in Lightning's words
     "max_steps": "Optimizer steps in total, including those before a resume.",
     "max_time": "Longest training time, as DD:HH:MM:SS.",
@@ -61,6 +56,7 @@ TRAINER_HELP = {  # the Trainer options that --help lists; --trainer.help lists 
     "strategy": "ddp for several devices.",
     "precision": "32-true or bf16-mixed, among others.",
     "callbacks": "More callbacks, by class.",
+    "fast_dev_run": "Try one step, or so many, and write nothing.",
 }
 TRAINER_TYPES = {  # stricter than Lightning's own, which fails late or not at all
     "max_steps": PositiveInt,
@@ -69,7 +65,11 @@ TRAINER_TYPES = {  # stricter than Lightning's own, which fails late or not at a
     "log_every_n_steps": PositiveInt | None,
     "gradient_clip_val": PositiveFloat | None,
 }
-FIT_ONLY = {"max_steps", "max_time", "gradient_clip_val", "accumulate_grad_batches", "log_every_n_steps"}
+FIT_ONLY = {
+    "max_steps", "max_time", "gradient_clip_val", "accumulate_grad_batches", "log_every_n_steps", "min_steps",
+    "gradient_clip_algorithm", "fast_dev_run", "overfit_batches", "limit_train_batches", "num_sanity_val_steps",
+    "val_check_interval", "check_val_every_n_epoch", "max_epochs", "enable_model_summary", "logger",
+}  # fmt: skip
 """Trainer options that only `fit` has."""
 FIT_GROUPS = {"early_stopping", "checkpoint", "samples", "wandb"}
 SECTIONS = ("fit", "validate", "test", "predict")

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ProgressBar as LightningBar
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from minigpt_pl.checkpoint.io import WRITE_FAILED_REMEDY, AtomicCheckpointIO
@@ -28,6 +30,11 @@ from minigpt_pl.training.progress import ProgressBar
 from minigpt_pl.training.resume import dropped_splits, resume_state
 from minigpt_pl.training.stopping import GracefulStop
 from minigpt_pl.training.summary import RunSummary
+
+
+def as_list(value: Any) -> list[Any]:
+    """What an option holds that takes one object, or several, or none."""
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 class FitRunner:
@@ -61,21 +68,26 @@ class FitRunner:
         seconds = None if max_time is None else Timer(max_time).time_remaining()  # it parses DD:HH:MM:SS
         self.stops = GracefulStop(None if seconds is None else timedelta(seconds=seconds))
 
-    def callbacks(self) -> list[Callback]:
-        """Our callbacks, in the order in which they must act."""
+    def callbacks(self, others: list[Callback]) -> list[Callback]:
+        """The user's callbacks and ours, in the order in which they must act."""
         init, run_dir = self.init, str(self.run_dir)
+        if init.trainer.fast_dev_run:
+            return [*others, StepSeeder(), TrainMetrics()]
+        own_bar = init.trainer.enable_progress_bar is False or any(isinstance(c, LightningBar) for c in others)
         callbacks = [
             StepSeeder(), self.stops, TrainMetrics(), self.summary, init.samples, init.early_stopping,
             BestCheckpoint(run_dir),
             LastCheckpoint(run_dir, init.checkpoint.every_n_train_steps, init.checkpoint.every_n_minutes),
             SaveConfig(self.config, self.wandb_id),
-            None if init.trainer.enable_progress_bar is False else ProgressBar(),
+            None if own_bar else ProgressBar(),
         ]  # fmt: skip
-        return [callback for callback in callbacks if callback is not None]
+        return [*others, *(callback for callback in callbacks if callback is not None)]
 
     def trainer_options(self) -> dict[str, Any]:
         """Options of the Trainer that the user does not choose."""
-        return {
+        chosen = self.init.trainer
+        defaults = {"num_sanity_val_steps": 0, "enable_model_summary": False}
+        return {name: value for name, value in defaults.items() if chosen[name] is None} | {
             "default_root_dir": str(self.run_dir),
             "max_epochs": -1,
             "max_time": None,
@@ -117,6 +129,7 @@ class FitRunner:
                     path = self.run_dir / METRICS_FILE
                     trainer.loggers = [ResumableCSVLogger(path, step if self.resuming else 0, dropped)]
                     trainer.loggers += [wandb_logger] if wandb_logger else []
+                    trainer.loggers += [one for one in as_list(self.init.trainer.logger) if isinstance(one, Logger)]
                 extra = [WandbCallback(wandb_logger)] if wandb_logger else []
                 set_callbacks(trainer, [*trainer.callbacks, *extra])
                 trainer.fit(model, datamodule=data, ckpt_path=self.init.ckpt_path)
