@@ -26,11 +26,14 @@ from minigpt_pl.models.config import AblationConfig, ClassicConfig, GPTConfig, M
 from minigpt_pl.models.gpt import GPT, ClassicGPT, ModernGPT, token_cross_entropy
 from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.runtime.ranges import NonNegativeFinite
+from minigpt_pl.runtime.user_classes import import_path, register
 from minigpt_pl.training.optim import OptimizerConfig, StepSchedule, build_optimizer
 from minigpt_pl.training.patches import step_ended
 from minigpt_pl.training.running_means import RunningMeans
 
 MAX_LOAD_METRICS = 30  # with two more about experts this is what one panel can show
+MODELS: dict[str, type["LanguageModel"]] = {}
+"""Every LanguageModel by its class name, those of the user included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,10 @@ class LanguageModel(LightningModule, ABC):
     })  # fmt: skip
     """Arguments that do not change what trained weights compute in eval mode."""
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        register(MODELS, cls)
+
     @abstractmethod
     def __init__(self, net: GPT, config: LanguageModelConfig):
         super().__init__()
@@ -125,7 +132,7 @@ class LanguageModel(LightningModule, ABC):
         """Adds what builds the model again; the command line has added its whole configuration instead."""
         arguments, vocab_size = dict(self.hparams), self.config.vocab_size
         del arguments["vocab_size"]
-        model = {"class_path": f"minigpt_pl.{type(self).__name__}", "init_args": arguments}
+        model = {"class_path": import_path(type(self)), "init_args": arguments}
         data = dict(getattr(getattr(self.trainer, "datamodule", None), "hparams", {}))
         seed = data.pop("seed", 0)
         data.pop("block_size", None)
@@ -372,10 +379,6 @@ class ModernLM(LanguageModel):
 
     def total_loss(self, loss: Tensor, aux_loss: Tensor) -> Tensor:
         return loss + self.config.moe_aux_loss_coef * aux_loss
-
-
-MODELS: dict[str, type[LanguageModel]] = {cls.__name__: cls for cls in (ClassicLM, ModernLM, AblationLM)}
-"""By class name: import paths change when files move."""
 
 
 def from_checkpoint(
