@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric
 
 from minigpt_pl.checkpoint.io import read_checkpoint
 from minigpt_pl.checkpoint.validation import validate_sizes
+from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.data.datasets import IGNORE_INDEX
 from minigpt_pl.generation.generate import SamplingConfig, generate
 from minigpt_pl.models.ablations import STAGES
@@ -26,7 +27,7 @@ from minigpt_pl.models.config import AblationConfig, ClassicConfig, GPTConfig, M
 from minigpt_pl.models.gpt import GPT, ClassicGPT, ModernGPT, token_cross_entropy
 from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.runtime.ranges import NonNegativeFinite
-from minigpt_pl.runtime.user_classes import import_path, register
+from minigpt_pl.runtime.user_classes import import_path, is_own, register
 from minigpt_pl.training.optim import OptimizerConfig, StepSchedule, build_optimizer
 from minigpt_pl.training.patches import step_ended
 from minigpt_pl.training.running_means import RunningMeans
@@ -133,10 +134,13 @@ class LanguageModel(LightningModule, ABC):
         arguments, vocab_size = dict(self.hparams), self.config.vocab_size
         del arguments["vocab_size"]
         model = {"class_path": import_path(type(self)), "init_args": arguments}
-        data = dict(getattr(getattr(self.trainer, "datamodule", None), "hparams", {}))
+        datamodule = getattr(self.trainer, "datamodule", None)
+        data = dict(getattr(datamodule, "hparams", {}))
         seed = data.pop("seed", 0)
         data.pop("block_size", None)
         config = {"seed_everything": seed, "model": model, "data": data, "trainer": {}}
+        if isinstance(datamodule, TextDataModule) and not is_own(type(datamodule)):
+            config["data_class"] = import_path(type(datamodule))
         checkpoint |= {"config": checkpoint.get("config", config), "vocab_size": vocab_size}
 
     def forward(self, ids: Tensor) -> Tensor:

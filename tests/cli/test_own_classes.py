@@ -224,10 +224,10 @@ def rewritten(path: Path, to: Path, change: Callable[[dict[str, Any]], Any]) -> 
 
 
 def test_the_class_of_the_data_must_be_named_too(minigpt: Call, run: Callable[[str], Path], tmp_path: Path) -> None:
-    path = rewritten(run("own") / "last.ckpt", tmp_path / "other.ckpt", lambda c: c.update(data_class="evil.OtherData"))
+    path = rewritten(run("own") / "last.ckpt", tmp_path / "other.ckpt", lambda c: c.update(data_class="evil.EvilData"))
     refused = minigpt("validate", "--ckpt_path", path, *OWN[:2])
     assert refused.status == 2
-    assert "the checkpoint needs the class evil.OtherData" in refused.err
+    assert "the checkpoint needs the class evil.EvilData" in refused.err
     assert minigpt("validate", "--ckpt_path", path, *OWN).status == 0
 
 
