@@ -161,6 +161,7 @@ CASES = {
         (f"{FIT} --model my_module.NotALM", "--model my_module.NotALM: it is not a class derived from LanguageModel; make it a subclass of minigpt_pl.ModernLM, or write a LightningCLI (docs/python.md)"),
         (f"{FIT} --data my_module.MyLM", "--data my_module.MyLM: it is not a class derived from TextDataModule; make it a subclass of minigpt_pl.TextDataModule, or write a LightningCLI (docs/python.md)"),
         (f"{FIT} --model my_module.FixedLM", "--model my_module.FixedLM: it does not take n_layer; pass all options on, as in def __init__(self, **config) and super().__init__(**config)"),
+        (f"{FIT} --model my_module.NumbersLM", "NumbersLM cannot be built on torch's meta device, as a checkpoint's sizes are checked there (Tensor.item() cannot be called on meta tensors) (line ... of my_module); compute with numbers in on_fit_start, not in __init__"),
         (f"{FIT} --model failing.MyLM", "--model failing.MyLM: failing cannot be imported: ZeroDivisionError: division by zero (line 2 of failing)"),
         (f"{FIT} --model lacking.MyLM", "--model lacking.MyLM: lacking cannot be imported: there is no module my_library"),
         (f"{FIT} --model taken.ModernLM", "--model taken.ModernLM: minigpt_pl has a class ModernLM itself; give yours another name"),

@@ -76,7 +76,7 @@ class MiniGPTCLI(LightningCLI):
             data_class = classes.named_classes(self.user_options).get("data")
             self.checkpoint, self.base = read_start(self.ckpt_path, self.args, self.fits, data_class)
             self.data_class = data_class or classes.data_class(self.base)
-            model = MODELS[errors.class_name(self.base)] if self.base else ModernLM
+            model = MODELS[classes.class_name(self.base)] if self.base else ModernLM
             errors.check_options(self.user_options, command, model, self.data_class or TextDataModule)
             self.args = config_files.for_parser(self.args, command)
             if self.fits:
@@ -148,7 +148,7 @@ class MiniGPTCLI(LightningCLI):
         changed = changes(self.ckpt_path, self.checkpoint, self.base, self.resolved, self.fits)
         self.notes = [line for name, line in changed.items() if name not in unused] + [*unused.values()]
         if self.fits:
-            model = errors.class_name(self.resolved)
+            model = classes.class_name(self.resolved)
             self.run_dir, self.resuming = resolve_run_dir(self.run_dir_option, self.ckpt_path, model)
 
     def parse(self, parser: LightningArgumentParser, base: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -115,6 +115,11 @@ def line_in(module: str, error: BaseException) -> str:
     return found
 
 
+def class_name(config: Mapping[str, Any]) -> str:
+    """The model's class in a configuration, without its module."""
+    return str(config["model"]["class_path"]).rpartition(".")[2]
+
+
 def config_classes(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """The user's own classes in a configuration, as far as they are imported."""
     model = MODELS.get(str((config.get("model") or {}).get("class_path")).rpartition(".")[2])

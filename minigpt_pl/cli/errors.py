@@ -17,9 +17,9 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from minigpt_pl.cli import options
-from minigpt_pl.cli.classes import CLASSES, config_classes, line_in, named_class, named_classes
+from minigpt_pl.cli.classes import CLASSES, class_name, config_classes, line_in, named_class, named_classes
 from minigpt_pl.cli.options import UserOption, as_text, option_name, option_specs
-from minigpt_pl.runtime.errors import UserError
+from minigpt_pl.runtime.errors import UserError, one_line
 from minigpt_pl.runtime.ranges import describe_range
 from minigpt_pl.runtime.user_classes import is_own
 
@@ -38,11 +38,6 @@ def name_as_typed(error: UserError, user_options: list[UserOption]) -> UserError
 
 
 # Before parsing: each option by itself.
-
-
-def class_name(config: dict[str, Any]) -> str:
-    """The model's class in a configuration, without its module."""
-    return str(config["model"]["class_path"]).rpartition(".")[2]
 
 
 def check_options(user_options: list[UserOption], command: str, model: Any = None, data: Any = None) -> None:
@@ -227,10 +222,14 @@ def check_memory(config: dict[str, Any], vocab_size: int) -> None:
     try:
         with torch.device("meta"):  # shapes without numbers
             net = cls(**sizes | {"n_layer": 1, "compile": False}).net
-    except (RuntimeError, OverflowError, TypeError):
-        if not is_own(cls):
-            return  # it may need numbers, too
-        raise UserError("the model is much too large", remedy=f"lower {LOWER_SIZES}") from None
+    except (RuntimeError, OverflowError, TypeError) as error:
+        if is_own(cls):
+            raise UserError("the model is much too large", remedy=f"lower {LOWER_SIZES}") from None
+        if isinstance(error, TypeError):  # a mistake in the class
+            raise
+        problem = f"{cls.__name__} cannot be built on torch's meta device, as a checkpoint's sizes are checked there"
+        remedy = "compute with numbers in on_fit_start, not in __init__"
+        raise UserError(f"{problem} ({one_line(error)}){line_in(cls.__module__, error)}", remedy=remedy) from None
     weights = sum(p.numel() for p in net.parameters())
     weights += sum(p.numel() for p in net.blocks.parameters()) * (sizes["n_layer"] - 1)
     tokens = config["data"]["batch_size"] * sizes["block_size"]

@@ -10,6 +10,7 @@ from minigpt_pl.checkpoint.io import RUN_KEYS, read_checkpoint
 from minigpt_pl.checkpoint.run_dir import find_checkpoint
 from minigpt_pl.checkpoint.validation import validate_config, validate_sizes
 from minigpt_pl.cli import errors
+from minigpt_pl.cli.classes import class_name
 from minigpt_pl.cli.options import UserOption, class_options, config_diff, option_name
 from minigpt_pl.data.datamodule import DATA_MODULES, TextDataModule
 from minigpt_pl.runtime.errors import UserError
@@ -86,7 +87,7 @@ def changes(
     default = {"data_class": "TextDataModule"}
     names, configs = {*base, *default}, (checkpoint["config"], resolved)
     before, after = ({k: v for k, v in (default | config).items() if k in names} for config in configs)
-    fixed = before["model"]["init_args"].keys() - MODELS[errors.class_name(after)].mutable_args
+    fixed = before["model"]["init_args"].keys() - MODELS[class_name(after)].mutable_args
     fixed = {"model", *(f"model.{name}" for name in fixed), *IMMUTABLE_DATA}
     fixed |= {"data.test_frac"} if fits else set()
     lines = {}

@@ -108,6 +108,12 @@ class FixedLM(ModernLM):
         super().__init__(n_layer=2, dropout=dropout, **config)
 
 
+class NumbersLM(ModernLM):
+    def __init__(self, **config):
+        super().__init__(**config)
+        self.spread = self.net.head.weight.std().item()
+
+
 class FailingLM(ModernLM):
     def __init__(self, **config):
         super().__init__(**config)
