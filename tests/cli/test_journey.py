@@ -97,7 +97,8 @@ def test_the_journey_has_not_changed() -> None:
 
 NEWER_OPTIONS = {
     "optimizer": "adamw", "muon_lr": 0.01, "tie_embeddings": True, "zero_init": False, "conv_kernel_size": 0,
-    "config.data.sampling": "random", "config.data.token_noise": 0.0,
+    "config.data.sampling": "random", "config.data.token_noise": 0.0, "config.data.split_unit": "characters",
+    "config.data.bpe_across_lines": False, "config.data.bpe_train_on": "train",
 }  # fmt: skip
 """Options that are newer than the reference report, with the values that its runs need."""
 
