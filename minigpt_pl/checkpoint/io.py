@@ -25,6 +25,8 @@ MODEL_KEYS = {"state_dict", "global_step", "config", "vocab_size"}
 """What a checkpoint of any Lightning callback has, if it holds a LanguageModel."""
 RUN_KEYS = {*MODEL_KEYS, "optimizer_states", "callbacks", "loops", "digest", "wandb_id"}
 """What a checkpoint of `minigpt fit` has."""
+TEXT_KEYS = {"tokenizer", "tokenizer_sha256", "text_path", "text_sha256"}
+"""Of the state of a TextDataModule. Lightning stores it under the name of its class, which may be the user's own."""
 
 
 def iter_tensors(node: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -107,6 +109,8 @@ def suggest_checkpoint(path: Path) -> str:
 def read_checkpoint(path: Any) -> dict[str, Any]:
     """A checkpoint with its tensors on the CPU. Its configuration is not validated yet.
 
+    The state of the text is in "TextDataModule", whatever the class of the data module.
+
     Raises:
         UserError: If it is missing, damaged, from another program, or holds anything but plain values and tensors.
     """
@@ -123,6 +127,9 @@ def read_checkpoint(path: Any) -> dict[str, Any]:
         if not zipfile.is_zipfile(path):
             raise error(f"the file is not a complete checkpoint ({path.stat().st_size} bytes)")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(checkpoint, dict):
+            states = [value for value in checkpoint.values() if isinstance(value, dict) and value.keys() >= TEXT_KEYS]
+            checkpoint = ({"TextDataModule": states[0]} if states else {}) | checkpoint
         keys = checkpoint.keys() if isinstance(checkpoint, dict) else set()
         complete = all(is_plain(tensor) for _, tensor in iter_tensors(checkpoint))
         complete = complete and ("digest" not in keys or tensor_digest(checkpoint) == checkpoint["digest"])

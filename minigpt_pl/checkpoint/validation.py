@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from minigpt_pl.runtime.errors import UserError
+from minigpt_pl.runtime.user_classes import find_class, import_path, is_own, own_arguments
 
 TRUSTED_PACKAGES = ("minigpt_pl.", "lightning.pytorch.")
 PLAIN_VALUE = re.compile(r"[\w:+, -]*")  # of a Trainer option: a device, a precision, a time; not a file or class
@@ -19,8 +20,13 @@ IMPORT_PATH = re.compile(r"\w+(\.\w+)+")
 MAX_BLOCK_SIZE = 1 << 20  # tokens: a checkpoint holds no rotary tables, whose length would prove the size
 
 
-def validate_config(config: Any, path: Path, args: Iterable[str]) -> dict[str, Any]:
+def validate_config(
+    config: Any, path: Path, args: Iterable[str], models: Mapping[str, Any], data_modules: Mapping[str, Any]
+) -> dict[str, Any]:
     """The configuration of the checkpoint at `path`, without the Trainer options that the command line, `args`, has.
+
+    Its model is one of `models`, its data one of `data_modules`, which go by class name: a user's class is among them
+    once the user has named it.
 
     Raises:
         UserError: If it would build a class that is neither of this project nor of Lightning. Users repeat their own.
@@ -34,12 +40,24 @@ def validate_config(config: Any, path: Path, args: Iterable[str]) -> dict[str, A
     _check_classes(config["model"].get("init_args"), path, allowed=False)
     rest = {name: section for name, section in config.items() if name not in ("model", "trainer")}
     _check_classes(rest, path, allowed=False)
-    name = str(config["model"].get("class_path")).rpartition(".")[2]
-    return config | {
+    model = find_class(models, config["model"].get("class_path"), config)
+    data = find_class(data_modules, config.get("data_class", "TextDataModule"), config)
+    for classes, values in ((models, config["model"].get("init_args")), (data_modules, config["data"])):
+        for cls in classes.values():  # whichever of them is built in the end
+            _check_own_arguments(cls, values, path)
+    return {name: section for name, section in config.items() if name != "data_class"} | {
         "trainer": trainer,
-        "model": config["model"] | {"class_path": f"minigpt_pl.{name}"},  # no other module is imported for it
+        "model": config["model"] | {"class_path": import_path(model)},  # no other module is imported for it
         "data": config["data"] | {"allow_data_change": False},  # consent to a changed text holds for one start
+        **({} if is_own(data) else {"data_class": import_path(data)}),
     }
+
+
+def _check_own_arguments(cls: type, values: Any, path: Path) -> None:
+    """Of a user's class: where an argument may be a class or a function, the parser would import one by its path."""
+    for name, argument in own_arguments(cls).items():
+        if isinstance(values, dict) and argument.annotation not in (Any, str, str | None):
+            _check_arguments(values.get(name), path)
 
 
 def _children(node: Any) -> Iterator[tuple[Any, Any]]:
@@ -97,22 +115,23 @@ def validate_sizes(checkpoint: dict[str, Any], models: Mapping[str, Any]) -> Non
     Raises:
         UserError: If they differ, or if its model is none of `models`, which go by class name.
     """
+    cls: Any = None
     try:
         weights, model = checkpoint["state_dict"], checkpoint["config"]["model"]
-        name, args = model["class_path"].rpartition(".")[2], model["init_args"]
-        if name not in models:
-            raise ValueError(f"there is no model {name!r}, only {', '.join(models)}")
+        cls, args = find_class(models, model["class_path"], {"model": model}), model["init_args"]
         blocks = {key.split(".")[2] for key in weights if key.startswith("net.blocks.")}
-        if args["n_layer"] != len(blocks):
+        if is_own(cls) and args["n_layer"] != len(blocks):
             raise ValueError(f"n_layer is {args['n_layer']}, but the file has {len(blocks)} blocks")
         if not args["block_size"] <= MAX_BLOCK_SIZE:
             raise ValueError(f"block_size is {args['block_size']}, above {MAX_BLOCK_SIZE}")
         with torch.device("meta"):  # shapes without memory
-            expected = models[name](**{**args, "vocab_size": checkpoint["vocab_size"]}).state_dict()
+            expected = cls(**{**args, "vocab_size": checkpoint["vocab_size"]}).state_dict()
         for key in sorted(expected.keys() | weights.keys()):
             shapes = [list(tensors[key].shape) if key in tensors else "missing" for tensors in (expected, weights)]
             if shapes[0] != shapes[1]:
                 raise ValueError(f"{key} is {shapes[1]}, not {shapes[0]}")
     except Exception as error:  # the configuration may contain anything
+        if cls is None and isinstance(error, UserError):
+            raise
         problem = str(error)[:200] or repr(error)
         raise UserError(f"the checkpoint's configuration does not match its weights: {problem}") from None

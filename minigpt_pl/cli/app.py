@@ -6,10 +6,9 @@ how a run trains is in `training`.
 """
 
 import argparse
-from dataclasses import replace
 import re
 import warnings
-from collections.abc import Container, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,28 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from minigpt_pl.checkpoint.io import BEST_CKPT, RUN_KEYS, AtomicCheckpointIO, read_checkpoint
+from minigpt_pl.checkpoint.io import BEST_CKPT, AtomicCheckpointIO, read_checkpoint
 from minigpt_pl.checkpoint.run_dir import resolve_run_dir
-from minigpt_pl.checkpoint.validation import validate_config, validate_sizes
-from minigpt_pl.cli import config_files, errors, help, options
+from minigpt_pl.cli import classes, config_files, errors, help, options
 from minigpt_pl.cli.environment import apply_environment
 from minigpt_pl.cli.prompts import PredictConfig, encode_prompts
-from minigpt_pl.cli.start import find_start, path_option
+from minigpt_pl.cli.start import changes, find_start, path_option, read_start
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.generation.generate import SamplingConfig
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
 from minigpt_pl.runtime.quiet import silence_libraries
 from minigpt_pl.runtime.ranges import Seed
+from minigpt_pl.runtime.user_classes import import_path
 from minigpt_pl.training import sampling
 from minigpt_pl.training.checkpointing import CheckpointConfig
 from minigpt_pl.training.fit import FitRunner, as_list
-from minigpt_pl.training.lit_modules import MODELS, LanguageModel
+from minigpt_pl.training.lit_modules import MODELS, LanguageModel, ModernLM
 from minigpt_pl.training.loggers import WandbConfig
 from minigpt_pl.training.run_length import EPOCH_OPTIONS, in_steps
 from minigpt_pl.training.stopping import ValLossEarlyStopping
 from minigpt_pl.training.summary import format_summary, resume_command
 
-IMMUTABLE_DATA = (
-    "data.tokenizer", "data.bpe_vocab_size", "data.bpe_min_pair_freq", "data.bpe_across_lines", "data.bpe_train_on",
-    "data.train_frac", "data.split_unit",
-)  # fmt: skip
-"""Fixed by a checkpoint: with other values its metrics would mean something else."""
 CONFIG_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)  # of constructors
 
 
@@ -79,9 +73,11 @@ class MiniGPTCLI(LightningCLI):
                 path_option(name, self.user_options, command) for name in ("run_dir", "ckpt_path")
             )
             self.ckpt_path = find_start(start, self.run_dir_option, command)
-            self.checkpoint, self.base = self.read_start(self.ckpt_path) if self.ckpt_path else ({}, {})
-            model = errors.class_name(self.base) if self.base else "ModernLM"
-            errors.check_options(self.user_options, command, model)
+            data_class = classes.named_classes(self.user_options).get("data")
+            self.checkpoint, self.base = read_start(self.ckpt_path, self.args, self.fits, data_class)
+            self.data_class = data_class or classes.data_class(self.base)
+            model = MODELS[errors.class_name(self.base)] if self.base else ModernLM
+            errors.check_options(self.user_options, command, model, self.data_class or TextDataModule)
             self.args = config_files.for_parser(self.args, command)
             if self.fits:
                 self.args, self.user_options = apply_environment(self.args, self.user_options, self.base)
@@ -123,7 +119,7 @@ class MiniGPTCLI(LightningCLI):
         parser.add_argument("--run_dir", type=str, default="")
         # With a default class, None is no part of the type, and errors are short.
         parser.add_subclass_arguments(LanguageModel, "model", default={"class_path": "ModernLM"}, fail_untyped=False)
-        parser.add_lightning_class_args(TextDataModule, "data")
+        self.data_group = classes.add_data_options(parser, self.data_class)
         skipped = options.RESERVED.keys() | (set() if self.fits else options.FIT_ONLY)
         parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=skipped)
         if self.fits:
@@ -131,8 +127,8 @@ class MiniGPTCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data", "model.init_args.vocab_size", self.vocab_size, apply_on="instantiate")
-        parser.link_arguments("model.init_args.block_size", "data.block_size")
-        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("model.init_args.block_size", f"{self.data_group}.block_size")
+        parser.link_arguments("seed_everything", f"{self.data_group}.seed")
         if self.fits:
             parser.add_class_arguments(CheckpointConfig, "checkpoint")
             parser.add_argument("--early_stopping", type=ValLossEarlyStopping | None)
@@ -149,53 +145,27 @@ class MiniGPTCLI(LightningCLI):
         if self.resolved.get("wandb"):
             self.resolved["wandb"]["id"] = None  # whoever repeats the options, or forks, starts another run
         unused = errors.unused_options(self.user_options, self.resolved, self.command)
-        self.notes = [*self.changes(self.base, unused), *unused.values()]
+        changed = changes(self.ckpt_path, self.checkpoint, self.base, self.resolved, self.fits)
+        self.notes = [line for name, line in changed.items() if name not in unused] + [*unused.values()]
         if self.fits:
             model = errors.class_name(self.resolved)
             self.run_dir, self.resuming = resolve_run_dir(self.run_dir_option, self.ckpt_path, model)
 
-    def read_start(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A checkpoint, and the part of its configuration that this command starts from."""
-        checkpoint = read_checkpoint(path)
-        if not checkpoint.keys() >= ({"TextDataModule"} | (RUN_KEYS if self.fits else set())):
-            able = "predict and validate can read it" if "TextDataModule" in checkpoint else "it has no tokenizer"
-            remedy = "name a checkpoint of minigpt fit"
-            raise UserError(f"minigpt fit did not write it: {able}", option="ckpt_path", value=path, remedy=remedy)
-        config = validate_config(checkpoint["config"], path, self.args)
-        validate_sizes(checkpoint, MODELS)
-        # The seed decides which windows a sampled evaluation reads.
-        return checkpoint, config if self.fits else {key: config[key] for key in ("model", "data", "seed_everything")}
-
     def parse(self, parser: LightningArgumentParser, base: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The command line on top of a checkpoint's configuration: as the parser's namespace, and in plain values."""
         try:
-            namespace = parser.parse_args([self.command, "--config", yaml.safe_dump(base), *self.args])
+            # Options on the command line are those of the class that it names last, wherever in it that stands.
+            flags = classes.named_classes(option for option in self.user_options if not option.file)
+            first = [f"--{group}={import_path(cls)}" for group, cls in flags.items()]
+            last = [f"--data={import_path(self.data_class)}"] if self.data_class else []
+            namespace = parser.parse_args([self.command, "--config", yaml.safe_dump(base), *first, *self.args, *last])
         except argparse.ArgumentError as error:
             errors.check_options(options.config_options(base, str(self.ckpt_path)), "fit")  # anyone may have written it
             raise errors.explain_parse_error(error, self.user_options) from error
         namespace[self.command].ckpt_path = None  # else LightningCLI lets the checkpoint override the command line
         plain = yaml.safe_load(self._parser(self.command).dump(namespace[self.command], skip_none=False))
-        return namespace, {key: value for key, value in plain.items() if key not in options.PATH_OPTIONS}
-
-    def changes(self, base: dict[str, Any], unused: Container[str]) -> Iterator[str]:
-        """A line for each difference from the checkpoint, except in unused options.
-
-        Raises:
-            UserError: If an option contradicts the weights or the text of the checkpoint.
-        """
-        if not base:
-            return
-        before = {key: self.checkpoint["config"][key] for key in base}
-        after = {key: self.resolved[key] for key in base if key in self.resolved}
-        fixed = before["model"]["init_args"].keys() - MODELS[errors.class_name(after)].mutable_args
-        fixed = {"model", *(f"model.{name}" for name in fixed), *IMMUTABLE_DATA}
-        fixed |= {"data.test_frac"} if self.fits else set()
-        for full_name, old, new in options.config_diff(before, after):
-            if (name := options.option_name(full_name)) in fixed:
-                problem = f"{self.ckpt_path} was trained with {str(old).removeprefix('minigpt_pl.')}"
-                raise UserError(problem, option=name, value=new, remedy="leave it out, or train a new model")
-            if name not in unused:
-                yield f"{name}: {old} -> {new}"
+        plain = {key: value for key, value in plain.items() if key not in options.PATH_OPTIONS}
+        return namespace, classes.flat_data(plain)
 
     # From a configuration to objects. Nothing is written before all of them are built.
 
@@ -286,7 +256,7 @@ class MiniGPTCLI(LightningCLI):
         if self.training.summary.written is None:
             done = f"trainer.max_steps {self.trainer.max_steps}"
             print(f"{self.run_dir} has already reached {done}: nothing is left to train")
-            print(f"train longer with: {resume_command('completed', self.run_dir)}")
+            print(f"train longer with: {resume_command('completed', self.run_dir, self.resolved)}")
             return
         print(f"\n{format_summary(self.training.summary.written, self.run_dir)}")
         best = self.run_dir / BEST_CKPT

@@ -17,10 +17,11 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from minigpt_pl.cli import options
+from minigpt_pl.cli.classes import CLASSES, config_classes, line_in, named_class, named_classes
 from minigpt_pl.cli.options import UserOption, as_text, option_name, option_specs
 from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.runtime.ranges import describe_range
-from minigpt_pl.training.lit_modules import MODELS
+from minigpt_pl.runtime.user_classes import is_own
 
 OPTIONAL_GROUPS = ("early_stopping", "samples", "wandb")  # null disables them
 GROUPS = ("model", "data", "trainer", "checkpoint", "sample", *OPTIONAL_GROUPS)
@@ -44,25 +45,29 @@ def class_name(config: dict[str, Any]) -> str:
     return str(config["model"]["class_path"]).rpartition(".")[2]
 
 
-def check_options(user_options: list[UserOption], command: str, model: str = "") -> None:
-    """Raises UserError for an option that the command or the model does not have, or whose value is not of its type.
+def check_options(user_options: list[UserOption], command: str, model: Any = None, data: Any = None) -> None:
+    """Raises UserError for an option that the command or a class does not have, or whose value is not of its type.
 
-    `model` is the class of the model, unless the user names another one.
+    `model` and `data` are the classes, unless the user names others; without them, whether they have an option is not
+    checked.
     """
-    classes = [as_text(option.value).rpartition(".")[2] for option in user_options if option.name == "model"]
-    final = next((name for name in reversed(classes) if name in MODELS), model)
-    current = model
+    current = {"model": model, "data": data}
+    final = current | named_classes(user_options)
     for option in user_options:
-        if option.name == "model":
-            current = as_text(option.value).rpartition(".")[2]
+        if option.name in CLASSES:
+            current |= named_classes([option])
         # An option on the command line is meant for the final class, an option in a file for the class at that point.
         if found := option_problem(option, command, current if option.file else final):
             raise UserError(f"{option}: {found[0]}", remedy=found[1])
 
 
-def option_problem(option: UserOption, command: str, model: str) -> tuple[str, str] | None:
-    """What is wrong with one option, and the remedy; None if nothing is."""
-    specs, name, value = option_specs(command), option.name, option.value
+def option_problem(option: UserOption, command: str, classes: dict[str, Any]) -> tuple[str, str] | None:
+    """What is wrong with one option, and the remedy; None if nothing is.
+
+    `classes` are those of the model and of the data, None where that is not known.
+    """
+    own = [cls for cls in classes.values() if cls and not is_own(cls)]
+    specs, name, value = option_specs(command, *own), option.name, option.value
     dashes = "" if option.file else "--"
     if not name:
         return "this is not an option", "option names begin with --"
@@ -77,9 +82,9 @@ def option_problem(option: UserOption, command: str, model: str) -> tuple[str, s
     if name in GROUPS:
         return group_problem(option, next(spec for spec in specs if spec.startswith(f"{name}.")))
     if name in specs:
-        spec = specs[name]
-        if spec.only not in ("", model):
-            return f"{model} has no such option", f"use --model {spec.only}, or leave it out"
+        spec, (group, _, argument) = specs[name], name.partition(".")
+        if (cls := classes.get(group)) and argument and argument not in options.class_options(cls):
+            return f"{cls.__name__} has no such option", f"use --{group} {spec.only}, or leave it out"
         problem = None if type_accepts(spec.type, value) else describe_type(spec.type, name)
         return (problem, "") if problem else None
     if (reserved := name.removeprefix("trainer.")) in options.RESERVED and reserved != name:
@@ -99,11 +104,13 @@ def group_problem(option: UserOption, example: str) -> tuple[str, str] | None:
     optional = option.name in OPTIONAL_GROUPS
     if as_text(option.value).startswith("{") or optional and option.value in (None, "null"):
         return None
+    if option.name in CLASSES and named_class(option.name, option.value):
+        return None
     if option.name == "model":
-        name = as_text(option.value).rpartition(".")[2]
-        near = closest_match(name, MODELS)
-        hint = f"did you mean {near}?" if near else f"use one of {', '.join(MODELS)}"
-        return None if name in MODELS else ("there is no such model", hint)
+        known = [name for name, cls in CLASSES["model"].items() if is_own(cls)]
+        near = closest_match(as_text(option.value), known)
+        hint = f"did you mean {near}?" if near else f"use one of {', '.join(known)}, or module.Class of your own"
+        return "there is no such model", hint
     dashes = "" if option.file else "--"
     remedy = f"set one of them, such as {dashes}{example}"
     return "this is a group of options", f"use null to disable it, or {remedy}" if optional else remedy
@@ -167,7 +174,7 @@ def explain_parse_error(error: ArgumentError, user_options: list[UserOption]) ->
 def check_config(config: dict[str, Any]) -> None:
     """Raises UserError for values that neither the parser nor a constructor refuses, of a checkpoint or of the user."""
     plain = {option_name(name): value for name, value in options.flatten(config)}
-    specs = option_specs("fit")
+    specs = option_specs("fit", *config_classes(config))
 
     def require(name: str, good: bool, problem: str, remedy: str = "") -> None:
         if not good:
@@ -216,11 +223,13 @@ def mps_attention_leaks(torch_version: str, device: str, precision: str) -> bool
 
 def check_memory(config: dict[str, Any], vocab_size: int) -> None:
     """Raises UserError for a model or a batch that is far too large for the memory of this machine."""
-    sizes = config["model"]["init_args"] | {"vocab_size": vocab_size}
+    cls, sizes = CLASSES["model"][class_name(config)], config["model"]["init_args"] | {"vocab_size": vocab_size}
     try:
         with torch.device("meta"):  # shapes without numbers
-            net = MODELS[class_name(config)](**sizes | {"n_layer": 1, "compile": False}).net
+            net = cls(**sizes | {"n_layer": 1, "compile": False}).net
     except (RuntimeError, OverflowError, TypeError):
+        if not is_own(cls):
+            return  # it may need numbers, too
         raise UserError("the model is much too large", remedy=f"lower {LOWER_SIZES}") from None
     weights = sum(p.numel() for p in net.parameters())
     weights += sum(p.numel() for p in net.blocks.parameters()) * (sizes["n_layer"] - 1)
@@ -278,6 +287,9 @@ def as_user_error(error: BaseException, user_options: list[UserOption]) -> UserE
         if isinstance(cause, UserError):
             return cause
     message = str(causes[-1]).replace("`", "").split(". ")[0]
+    for module in {cls.__module__ for cls in named_classes(user_options).values()}:
+        if where := line_in(module, causes[-1]):
+            return UserError(f"{type(causes[-1]).__name__}: {message}{where}")
     for option in user_options:  # Lightning names its argument or the value
         argument = option.name.removeprefix("trainer.")
         mentioned = f"'{option.value}'" in message or re.search(rf"\b{re.escape(argument)}\b", message)

@@ -17,6 +17,7 @@ from tokenizers import models as token_models
 from torch import Tensor
 
 from minigpt_pl.checkpoint.io import read_checkpoint
+from minigpt_pl.cli.classes import named_class
 from minigpt_pl.cli.errors import name_as_typed
 from minigpt_pl.cli.options import user_options
 from minigpt_pl.cli.start import find_start
@@ -212,8 +213,11 @@ def run(command: str, args: list[str]) -> int:
     parser = ArgumentParser(prog=f"minigpt {command}", exit_on_error=False, description=about)
     parser.add_argument("--run_dir", type=str, default="", help="Directory of --ckpt_path last and best.")
     parser.add_argument("--ckpt_path", type=str, default="", help="A file, or best or last in --run_dir; default best.")
+    parser.add_argument("--model", type=str, default="", help="Your own class, if the checkpoint holds one.")
     parser.add_argument("--out", type=str, required=True, help="The folder to write, new or empty.")
     options = parser.parse_args(args)
+    if options.model:
+        named_class("model", options.model)  # imports it
     try:
         start = find_start(options.ckpt_path or options.run_dir and "best", options.run_dir, command)
         assert start is not None, "only fit may start from nothing"

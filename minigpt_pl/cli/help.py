@@ -11,7 +11,9 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from minigpt_pl.cli.options import CONFIGS, TRAINER_HELP, OptionSpec, flatten, option_name, option_specs
+from minigpt_pl.cli.classes import CLASSES, named_class
+from minigpt_pl.cli.options import CONFIGS, TRAINER_HELP, OptionSpec, class_options, flatten, option_name, option_specs
+from minigpt_pl.runtime.user_classes import is_own
 
 WIDTH, COLUMN = 110, 38
 TITLES = {
@@ -37,18 +39,20 @@ def is_help_request(args: list[str]) -> bool:
 
 
 def render_help(command: str, args: list[str]) -> str:
-    """The help on a command, on a group of its options (--trainer.help), or on a model (--model.help ClassicLM)."""
+    """The help on a command, on a group of its options (--trainer.help), or on a class (--model.help ClassicLM)."""
     group = next(arg for arg in args if is_help_request([arg])).partition("=")[0].lstrip("-").rpartition(".")[0]
-    named = [name for name in ("ClassicLM", "AblationLM", "ModernLM") if any(name in arg for arg in args)]
+    words = [arg.rpartition("=")[2] for arg in args] if group in CLASSES else []
+    named = [cls for word in words if (cls := named_class(group, word))]
 
     def is_shown(name: str, spec: OptionSpec) -> bool:
         if group:
-            models = named if group == "model" and named else [spec.only]
-            return name.startswith(f"{group}.") and spec.only in ("", *models)
+            argument = name.removeprefix(f"{group}.")
+            return argument != name and (not named or any(argument in class_options(cls) for cls in named))
         rare = name.startswith("trainer.") and name.removeprefix("trainer.") not in TRAINER_HELP
         return not (rare or spec.only not in ("", "ModernLM") or name.startswith(HIDDEN.get(command, ())))
 
-    shown = {name: spec for name, spec in option_specs(command).items() if is_shown(name, spec)}
+    specs = option_specs(command, *(cls for cls in named if not is_own(cls)))
+    shown = {name: spec for name, spec in specs.items() if is_shown(name, spec)}
     defaults = {name: spec.default for name, spec in shown.items()}
     lines = [f"usage: minigpt {command} [options]"]
     if command == "fit":
@@ -64,7 +68,7 @@ def render_help(command: str, args: list[str]) -> str:
 
 def format_option(name: str, spec: OptionSpec, default: Any) -> list[str]:
     """One option in a line or two."""
-    text = f"{spec.only}: {spec.help}" if spec.only else spec.help
+    text = f"{spec.only}: {spec.help}".strip() if spec.only else spec.help
     if isinstance(default, (int, float, str)) and str(default).strip():
         text += f" [{str(default).lower() if isinstance(default, bool) else default}]"
     option = f"  {'-c, ' * (name == 'config')}--{name} {METAVARS[name] if name in METAVARS else metavar(spec.type)} "

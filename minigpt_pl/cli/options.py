@@ -16,10 +16,12 @@ import docstring_parser
 import yaml
 from lightning.pytorch import Trainer
 
+from minigpt_pl.cli.classes import config_classes
 from minigpt_pl.cli.prompts import PredictConfig
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.runtime.ranges import PositiveFloat, PositiveInt, Seed
+from minigpt_pl.runtime.user_classes import own_arguments
 from minigpt_pl.training.checkpointing import CheckpointConfig
 from minigpt_pl.training.lit_modules import AblationLM, ClassicLM, ModernLM
 from minigpt_pl.training.loggers import WandbConfig
@@ -75,8 +77,11 @@ FIT_GROUPS = {"early_stopping", "checkpoint", "samples", "wandb"}
 SECTIONS = ("fit", "validate", "test", "predict")
 
 
+MODEL_HELP = "ModernLM, ClassicLM, AblationLM (a stage between the two), or module.Class of your own."
+
+
 class OptionSpec(NamedTuple):
-    """An option: its type, its default, one sentence of help, and the one model class that has it, or ""."""
+    """An option: its type, its default, one sentence of help, and a class that has it if not all do, or ""."""
 
     type: Any
     default: Any = inspect.Parameter.empty
@@ -85,11 +90,13 @@ class OptionSpec(NamedTuple):
 
 
 @cache
-def option_specs(command: str) -> dict[str, OptionSpec]:
-    """Every option of a command by its dotted name, in the order of --help."""
+def option_specs(command: str, *user_classes: Any) -> dict[str, OptionSpec]:
+    """Every option of a command by its dotted name, in the order of --help, with those of some classes of the user."""
     fits = command == "fit"
     groups: dict[str, list[Any]] = {"sample": [PredictConfig]} if command == "predict" else {}
-    groups |= {"model": [ModernLM, ClassicLM, AblationLM], "data": [TextDataModule]}
+    data = [cls for cls in user_classes if issubclass(cls, TextDataModule)]
+    models = [cls for cls in user_classes if cls not in data]
+    groups |= {"model": [ModernLM, ClassicLM, AblationLM, *models], "data": [TextDataModule, *data]}
     if fits:
         groups |= {"early_stopping": [ValLossEarlyStopping], "checkpoint": [CheckpointConfig]}
         groups |= {"samples": [SampleCallback], "wandb": [WandbConfig]}
@@ -101,7 +108,7 @@ def option_specs(command: str) -> dict[str, OptionSpec]:
         "ckpt_path": OptionSpec(str, None, f"Checkpoint to start from: {start}."),
         "seed_everything": OptionSpec(Seed, help="Seed of everything in a run that is random."),
         "print_config": OptionSpec(None, help="Print the resolved configuration, as a file for --config, and exit."),
-        "model": OptionSpec(type, "ModernLM", "ModernLM, ClassicLM, or AblationLM: a stage between the two."),
+        "model": OptionSpec(type, "ModernLM", MODEL_HELP),
     }
     for group, classes in (groups | {"trainer": [Trainer]}).items():
         members = [class_options(cls) for cls in classes]
@@ -116,10 +123,15 @@ def option_specs(command: str) -> dict[str, OptionSpec]:
 
 
 def class_options(cls: Any) -> dict[str, OptionSpec]:
-    """The documented arguments of a class; those of a model are the fields of its config_class."""
+    """The documented arguments of a class; those of a model or of data are the fields of its config_class.
+
+    A user's class also has the arguments that its own constructors name.
+    """
     owner = getattr(cls, "config_class", cls)
     hints, parameters = get_type_hints(owner.__init__), inspect.signature(owner).parameters
     bases = owner.__mro__[::-1] if hasattr(owner, "__dataclass_fields__") else [owner]
+    own = own_arguments(cls) if owner is not cls else {}
+    bases = [*bases, cls, cls.__init__] if own else bases
     texts: dict[str, str] = {}
     for part in [Trainer.__init__] if owner is Trainer else bases:
         arguments = docstring_parser.parse(part.__doc__ or "").params
@@ -127,7 +139,8 @@ def class_options(cls: Any) -> dict[str, OptionSpec]:
     if owner is Trainer:
         texts, hints = {**TRAINER_HELP, **texts, **TRAINER_HELP}, hints | TRAINER_TYPES
     known = {name: text for name, text in texts.items() if name in parameters}
-    return {name: OptionSpec(hints[name], parameters[name].default, text) for name, text in known.items()}
+    specs = {name: OptionSpec(hints[name], parameters[name].default, text) for name, text in known.items()}
+    return specs | {name: OptionSpec(a.annotation, a.default, texts.get(name, "")) for name, a in own.items()}
 
 
 class UserOption(NamedTuple):
@@ -152,7 +165,7 @@ def as_text(value: Any) -> str:
 
 
 def option_name(name: str) -> str:
-    return re.sub(r"\.(init_args|class_path)\b", "", name.lstrip("-")).rstrip("+")
+    return re.sub(r"\.(init_args|class_path)\b|(?<=^data)_class$", "", name.lstrip("-")).rstrip("+")
 
 
 def user_options(args: list[str], command: str) -> list[UserOption]:
@@ -251,16 +264,25 @@ def flatten(node: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{name}", value
 
 
-def config_diff(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def config_diff(
+    before: dict[str, Any], after: dict[str, Any], prefix: str = "", classes: tuple[Any, ...] | None = None
+) -> Iterator[tuple[str, Any, Any]]:
     """Values that differ between two nested configurations: dotted name, before, after.
 
-    An option that only the newer one has is no difference while it has its default value.
+    An option that only the newer one has is no difference while it has its default value; those of the user's own
+    `classes` are known too, by default those of the newer configuration.
     """
+    classes = config_classes(after) if classes is None else classes
     for name in {**before, **after}:
         old, new = before.get(name), after.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from config_diff(old, new, f"{prefix}{name}.")
-        elif old != new:
-            spec = option_specs("fit").get(option_name(f"{prefix}{name}"))
+            yield from config_diff(old, new, f"{prefix}{name}.", classes)
+        elif old != new and not (name in ("class_path", "data_class") and _same_class(old, new)):
+            spec = option_specs("fit", *classes).get(option_name(f"{prefix}{name}"))
             if name in before or spec is None or new != spec.default:
                 yield f"{prefix}{name}", old, new
+
+
+def _same_class(old: Any, new: Any) -> bool:
+    """Whether two import paths name one class, which may have moved to another file."""
+    return str(old).rpartition(".")[2] == str(new).rpartition(".")[2]

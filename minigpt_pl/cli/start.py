@@ -1,14 +1,26 @@
-"""Where a command starts: the checkpoint file that --run_dir and --ckpt_path name.
+"""Where a command starts: the checkpoint that is named, what of its configuration counts, and what the user changes.
 
-How a checkpoint is read, and what a command takes from it, is in `app`.
+How the file is read safely is in `checkpoint`.
 """
 
 from pathlib import Path
+from typing import Any
 
+from minigpt_pl.checkpoint.io import RUN_KEYS, read_checkpoint
 from minigpt_pl.checkpoint.run_dir import find_checkpoint
+from minigpt_pl.checkpoint.validation import validate_config, validate_sizes
 from minigpt_pl.cli import errors
-from minigpt_pl.cli.options import UserOption
+from minigpt_pl.cli.options import UserOption, class_options, config_diff, option_name
+from minigpt_pl.data.datamodule import DATA_MODULES, TextDataModule
 from minigpt_pl.runtime.errors import UserError
+from minigpt_pl.runtime.user_classes import import_path
+from minigpt_pl.training.lit_modules import MODELS
+
+IMMUTABLE_DATA = (
+    "data.tokenizer", "data.bpe_vocab_size", "data.bpe_min_pair_freq", "data.bpe_across_lines", "data.bpe_train_on",
+    "data.train_frac", "data.split_unit",
+)  # fmt: skip
+"""Fixed by a checkpoint: with other values its metrics would mean something else."""
 
 
 def path_option(name: str, given: list[UserOption], command: str) -> str:
@@ -28,3 +40,59 @@ def find_start(start: str, run_dir: str, command: str) -> Path | None:
         remedy = f"to fork it from its best step, use --ckpt_path {path} --run_dir NEW"
         raise UserError("a run can only be resumed from last", option="ckpt_path", value=start, remedy=remedy)
     return path
+
+
+def read_start(
+    path: Path | None, args: list[str], fits: bool, data_class: type[TextDataModule] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A checkpoint, and the part of its configuration that a command starts from; both are empty without a file.
+
+    Args:
+        path: The file, or None.
+        args: The command line.
+        fits: Whether the command is `fit`; the others take less from it.
+        data_class: The class of the data that the user names, or None.
+    """
+    if path is None:
+        return {}, {}
+    checkpoint = read_checkpoint(path)
+    if not checkpoint.keys() >= ({"TextDataModule"} | (RUN_KEYS if fits else set())):
+        able = "predict and validate can read it" if "TextDataModule" in checkpoint else "it has no tokenizer"
+        remedy = "name a checkpoint of minigpt fit"
+        raise UserError(f"minigpt fit did not write it: {able}", option="ckpt_path", value=path, remedy=remedy)
+    config = checkpoint["config"]
+    if data_class is not None and isinstance(config, dict):  # which class the checkpoint names does not matter then
+        config = config | {"data_class": import_path(data_class)}
+    config = validate_config(config, path, args, MODELS, DATA_MODULES)
+    validate_sizes(checkpoint, MODELS)
+    if data_class is not None:  # it may have fewer options than the checkpoint's
+        known = class_options(data_class)
+        config["data"] = {name: value for name, value in config["data"].items() if name in known}
+    # The seed decides which windows a sampled evaluation reads.
+    evaluated = ("model", "data", "data_class", "seed_everything")
+    return checkpoint, {key: value for key, value in config.items() if fits or key in evaluated}
+
+
+def changes(
+    path: Path | None, checkpoint: dict[str, Any], base: dict[str, Any], resolved: dict[str, Any], fits: bool
+) -> dict[str, str]:
+    """A line for each difference of the resolved configuration from the checkpoint's, in the part `base`, by option.
+
+    Raises:
+        UserError: If an option contradicts the weights or the text of the checkpoint.
+    """
+    if path is None:
+        return {}
+    default = {"data_class": "TextDataModule"}
+    names, configs = {*base, *default}, (checkpoint["config"], resolved)
+    before, after = ({k: v for k, v in (default | config).items() if k in names} for config in configs)
+    fixed = before["model"]["init_args"].keys() - MODELS[errors.class_name(after)].mutable_args
+    fixed = {"model", *(f"model.{name}" for name in fixed), *IMMUTABLE_DATA}
+    fixed |= {"data.test_frac"} if fits else set()
+    lines = {}
+    for full_name, old, new in config_diff(before, after):
+        if (name := option_name(full_name)) in fixed:
+            problem = f"{path} was trained with {str(old).removeprefix('minigpt_pl.')}"
+            raise UserError(problem, option=name, value=new, remedy="leave it out, or train a new model")
+        lines[name] = f"{name}: {old} -> {new}"
+    return lines

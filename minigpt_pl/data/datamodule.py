@@ -32,6 +32,7 @@ from minigpt_pl.data.token_cache import (
 from minigpt_pl.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
+from minigpt_pl.runtime.user_classes import register
 
 EvalLoaders = DataLoader[EvalBatch] | list[DataLoader[EvalBatch]]
 
@@ -62,6 +63,10 @@ class TextDataModule(LightningDataModule):
     """
 
     config_class = DataConfig
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        register(DATA_MODULES, cls)
 
     def __init__(self, **config: Any):
         super().__init__()
@@ -274,3 +279,7 @@ class TextDataModule(LightningDataModule):
             return None
         limit = f"data.max_eval_tokens {self.config.max_eval_tokens}"
         return f"{limit}: an evaluation of {split} reads {read} of {total} windows, evenly spaced"
+
+
+DATA_MODULES: dict[str, type[TextDataModule]] = {"TextDataModule": TextDataModule}
+"""By class name, those of the user included."""

@@ -22,6 +22,7 @@ from minigpt_pl.experiments.results import RUNS_FILE, Result, datamodule_of, run
 from minigpt_pl.experiments.statistics import MAX_COMPARISONS, MIN_SEEDS_COMPARISON
 from minigpt_pl.runtime.atomic_io import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, atomic_write
 from minigpt_pl.runtime.errors import UserError
+from minigpt_pl.runtime.user_classes import user_class_args
 from minigpt_pl.training.summary import NORMAL_STOPS
 
 DEFAULT_FIRST_SEED, DEFAULT_SEEDS = 1337, 5
@@ -179,7 +180,7 @@ class Run:
     def fit_args(self) -> list[str]:
         """The arguments of the `fit` that starts or resumes the run."""
         if self.can_resume:
-            return ["--run_dir", str(self.run_dir), "--ckpt_path", "last"]
+            return ["--run_dir", str(self.run_dir), "--ckpt_path", "last", *user_class_args(self.config)]
         wandb = ["--wandb.group", self.group, "--wandb.job_type", "study"] if self.config["wandb"] else []
         return [*self.args, "--seed_everything", str(self.seed), *wandb, "--run_dir", str(self.run_dir)]
 

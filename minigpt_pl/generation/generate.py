@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt_pl.generation.incremental import make_decode_fn
+from minigpt_pl.generation.incremental import make_decode_fn, supports
 from minigpt_pl.models.gpt import GPT
 from minigpt_pl.runtime.ranges import (
     NonNegativeFinite,
@@ -104,7 +104,8 @@ def generate(
         model: In eval mode.
         prompt: Token ids, at least one; the last block_size of them are read.
         sampling: How to choose the next token.
-        use_cache: Whether keys and values are kept from token to token; only the speed differs.
+        use_cache: Whether keys and values are kept from token to token, where the model is known; only the speed
+            differs.
 
     Yields:
         The next token of each stream, `sampling.max_new_tokens` times.
@@ -114,13 +115,16 @@ def generate(
     columns = [sample_uniforms(sampling.seed, prompt, i, sampling.max_new_tokens) for i in range(streams)]
     draws = torch.stack(columns, 1).to(device)  # (max_new_tokens, S)
     window = [*torch.tensor(prompt[-model.block_size :], device=device).expand(streams, -1).unbind(1)]  # T of (S,)
-    cache = model.new_cache() if use_cache else None
+    cache = model.new_cache() if use_cache and supports(model) else None
     decode = make_decode_fn(model, cache) if cache else None
     if decode and streams * model.params_active() < SINGLE_THREAD_MACS:
         decode = single_threaded(decode)
     read_window = True  # the first time, and after the window has been shortened
     for i in range(sampling.max_new_tokens):
-        logits = decode(window[-1]) if decode and not read_window else model(torch.stack(window, 1), cache)[0][:, -1]
+        if decode and not read_window:
+            logits = decode(window[-1])
+        else:
+            logits = model(torch.stack(window, 1), *([cache] if cache else []))[0][:, -1]
         tokens = sample_next_token(logits, draws[i], sampling)
         yield tokens.tolist()
         window.append(tokens)

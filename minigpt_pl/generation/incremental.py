@@ -24,16 +24,39 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigpt_pl.models.attention import CausalSelfAttention, KVCache, RotaryEmbedding, apply_rotary
-from minigpt_pl.models.blocks import Block, RMSNorm, SwiGLU, swiglu
+from minigpt_pl.models.blocks import MLP, Block, RMSNorm, SwiGLU, swiglu
+from minigpt_pl.models.dropout import Dropout
 from minigpt_pl.models.gpt import GPT
 from minigpt_pl.models.moe import MoE, topk_route
 from minigpt_pl.models.short_conv import ShortConv
+from minigpt_pl.runtime.user_classes import is_own
 
 RotaryTables = tuple[Tensor, Tensor] | None
 """Cosines and sines (3, 1, 1, D) of one position for queries, keys and values; None without rotary positions."""
+
+KNOWN_PARTS = {
+    nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList, Block, CausalSelfAttention, Dropout, MLP, MoE, RMSNorm,
+    RotaryEmbedding, ShortConv, SwiGLU,
+}  # fmt: skip
+
+
+def supports(model: GPT) -> bool:
+    """Whether the functions here compute what a model computes: this package defines it and its parts.
+
+    A user's part, or a hook, may do anything. Biases of SwiGLU and of the head are not read here, nor are the rotary
+    positions of any but the first block.
+    """
+    modules = list(model.modules())
+    if not is_own(type(model)) or not {type(module) for module in modules[1:]} <= KNOWN_PARTS:
+        return False
+    blocks: Any = model.blocks
+    inner = [layer for module in modules if isinstance(module, SwiGLU | MoE) for layer in module.children()]
+    biased = any(layer.bias is not None for layer in (model.head, *inner))
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    return not biased and not hooked and len({block.attention.rope for block in blocks}) == 1
 
 
 def make_decode_fn(model: GPT, cache: list[KVCache]) -> Callable[[Tensor], Tensor]:

@@ -66,7 +66,7 @@ class GPT(nn.Module, ABC):
         return [KVCache(self.block_size) for _ in self.blocks]
 
     def moe_layers(self) -> Iterator[MoE]:
-        return (block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoE))
+        return (module for module in self.blocks.modules() if isinstance(module, MoE))
 
     def branch_outputs(self) -> list[Tensor]:
         """The weights that write to the residual stream, two a block."""
@@ -77,7 +77,7 @@ class GPT(nn.Module, ABC):
         return [weight for part in self._branches() for weight in part.matrices()]
 
     def _branches(self) -> Iterator[Any]:
-        return (part for block in self.blocks for part in (block.attention, block.feed_forward))
+        return (part for part in self.blocks.modules() if hasattr(part, "matrices"))
 
     def params_total(self) -> int:
         """All parameters, embeddings included; tied ones count once."""

@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric
 
 from minigpt_pl.checkpoint.io import read_checkpoint
 from minigpt_pl.checkpoint.validation import validate_sizes
+from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.data.datasets import IGNORE_INDEX
 from minigpt_pl.generation.generate import SamplingConfig, generate
 from minigpt_pl.models.ablations import STAGES
@@ -26,11 +27,14 @@ from minigpt_pl.models.config import AblationConfig, ClassicConfig, GPTConfig, M
 from minigpt_pl.models.gpt import GPT, ClassicGPT, ModernGPT, token_cross_entropy
 from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.runtime.ranges import NonNegativeFinite
+from minigpt_pl.runtime.user_classes import import_path, is_own, register
 from minigpt_pl.training.optim import OptimizerConfig, StepSchedule, build_optimizer
 from minigpt_pl.training.patches import step_ended
 from minigpt_pl.training.running_means import RunningMeans
 
 MAX_LOAD_METRICS = 30  # with two more about experts this is what one panel can show
+MODELS: dict[str, type["LanguageModel"]] = {}
+"""Every LanguageModel by its class name, those of the user included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,10 @@ class LanguageModel(LightningModule, ABC):
     })  # fmt: skip
     """Arguments that do not change what trained weights compute in eval mode."""
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        register(MODELS, cls)
+
     @abstractmethod
     def __init__(self, net: GPT, config: LanguageModelConfig):
         super().__init__()
@@ -125,11 +133,14 @@ class LanguageModel(LightningModule, ABC):
         """Adds what builds the model again; the command line has added its whole configuration instead."""
         arguments, vocab_size = dict(self.hparams), self.config.vocab_size
         del arguments["vocab_size"]
-        model = {"class_path": f"minigpt_pl.{type(self).__name__}", "init_args": arguments}
-        data = dict(getattr(getattr(self.trainer, "datamodule", None), "hparams", {}))
+        model = {"class_path": import_path(type(self)), "init_args": arguments}
+        datamodule = getattr(self.trainer, "datamodule", None)
+        data = dict(getattr(datamodule, "hparams", {}))
         seed = data.pop("seed", 0)
         data.pop("block_size", None)
         config = {"seed_everything": seed, "model": model, "data": data, "trainer": {}}
+        if isinstance(datamodule, TextDataModule) and not is_own(type(datamodule)):
+            config["data_class"] = import_path(type(datamodule))
         checkpoint |= {"config": checkpoint.get("config", config), "vocab_size": vocab_size}
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -372,10 +383,6 @@ class ModernLM(LanguageModel):
 
     def total_loss(self, loss: Tensor, aux_loss: Tensor) -> Tensor:
         return loss + self.config.moe_aux_loss_coef * aux_loss
-
-
-MODELS: dict[str, type[LanguageModel]] = {cls.__name__: cls for cls in (ClassicLM, ModernLM, AblationLM)}
-"""By class name: import paths change when files move."""
 
 
 def from_checkpoint(

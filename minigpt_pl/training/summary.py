@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from minigpt_pl.runtime.atomic_io import SUMMARY_FILE, atomic_write
 from minigpt_pl.runtime.errors import DivergenceError
+from minigpt_pl.runtime.user_classes import user_class_args
 from minigpt_pl.training.callbacks import get_callback
 from minigpt_pl.training.checkpointing import BestCheckpoint
 from minigpt_pl.training.metrics import TrainMetrics
@@ -173,17 +174,18 @@ def format_summary(summary: dict[str, Any], run_dir: Path) -> str:
         "speed": f"{speed}{summary['wall_seconds']:.0f} s in total",
         "model": f"{summary['params_total']:,} parameters, {summary['params_active']:,} active",
         "files": run_dir,
-        "continue with": resume_command(summary["stop_reason"], run_dir),
+        "continue with": resume_command(summary["stop_reason"], run_dir, summary["config"]),
     }
     return "\n".join(f"  {name:14}{value}" for name, value in rows.items())
 
 
-def resume_command(reason: str, run_dir: Path) -> str:
-    """The command that resumes a run that has stopped for this reason."""
+def resume_command(reason: str, run_dir: Path, config: dict[str, Any]) -> str:
+    """The command that resumes a run of this configuration that has stopped for this reason."""
     limits = {
         "completed": "--trainer.max_steps",
         "early_stopping": "--early_stopping.patience",
         "time_limit": "--trainer.max_time",
     }
     more = f" {limits[reason]} MORE" if reason in limits else ""
-    return f"minigpt fit --run_dir {shlex.quote(str(run_dir))} --ckpt_path last{more}"
+    own = "".join(f" {word}" for word in user_class_args(config))
+    return f"minigpt fit --run_dir {shlex.quote(str(run_dir))} --ckpt_path last{own}{more}"

@@ -16,7 +16,7 @@ from support.runs import SMALL, train_small
 from minigpt_pl import load_checkpoint
 from minigpt_pl.checkpoint.io import read_checkpoint, tensor_digest
 from minigpt_pl.checkpoint.validation import validate_config, validate_sizes
-from minigpt_pl.data.datamodule import TextDataModule
+from minigpt_pl.data.datamodule import DATA_MODULES, TextDataModule
 from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.training.lit_modules import MODELS, ClassicLM, LanguageModel, ModernLM
 
@@ -114,6 +114,8 @@ HOSTILE: dict[str, Any] = {
     "data": {"data": POPEN},
     "argument of the model": {"model": {"init_args": {"lr": POPEN}}},
     "model": {"model": {"class_path": "evil.EvilLM"}},
+    "class of the data": {"data_class": "evil.EvilData"},
+    "class of the data, not a name": {"data_class": POPEN},
     "abstract model": {"model": {"class_path": "minigpt_pl.training.lit_modules.LanguageModel"}},
     "not a dict": {"model": "evil.yaml"},
     "another config file": {"config": ["/etc/hostname"]},
@@ -140,16 +142,22 @@ def test_a_config_builds_no_foreign_class(minigpt: Call, trained: Path, tmp_path
         assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.ckpt"]
 
 
+def validated(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    return validate_config(config, path, [], MODELS, DATA_MODULES)
+
+
 def test_every_hostile_config_is_refused_before_it_is_parsed(trained: Path) -> None:
     checkpoint = torch.load(trained, weights_only=True)
     for change in HOSTILE.values():
         changed = copy.deepcopy(checkpoint)
         merge(changed["config"], change)
         with pytest.raises(UserError):
-            validate_sizes(changed | {"config": validate_config(changed["config"], trained, [])}, MODELS)
-    assert validate_config(checkpoint["config"], trained, []) == checkpoint["config"]
-    merge(checkpoint["config"], {"model": {"class_path": "evil.ModernLM"}})
-    assert validate_config(checkpoint["config"], trained, [])["model"]["class_path"] == "minigpt_pl.ModernLM"
+            validate_sizes(changed | {"config": validated(changed["config"], trained)}, MODELS)
+    assert validated(checkpoint["config"], trained) == checkpoint["config"]
+    merge(checkpoint["config"], {"model": {"class_path": "evil.ModernLM"}, "data_class": "evil.TextDataModule"})
+    config = validated(checkpoint["config"], trained)
+    assert config["model"]["class_path"] == "minigpt_pl.ModernLM"
+    assert "data_class" not in config
 
 
 def run_with_callback(trained: Path, run: Path, class_path: str) -> tuple[object, ...]:

@@ -8,7 +8,7 @@ import random
 import re
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import errors_page
@@ -17,6 +17,7 @@ import torch
 from conftest import Outcome
 from errors_page import CASES, FIT
 from lightning.pytorch.accelerators import AcceleratorRegistry
+from support.own_classes import new_python, write_module
 
 from minigpt_pl.cli.options import RESERVED, option_specs
 
@@ -46,6 +47,10 @@ FILES = {
     "experts.yaml": "model: {class_path: ClassicLM, init_args: {n_experts: 4}}\n",
     "place.yaml": "run_dir: run\n",
     "start.yaml": "ckpt_path: run/last.ckpt\n",
+    "wrong.yaml": "data: {class_path: my_module.MyDate}\n",
+    "failing.py": "x = 1\nx / 0\n",
+    "lacking.py": "import my_library\n",
+    "taken.py": "import minigpt_pl\n\nclass ModernLM(minigpt_pl.ModernLM):\n    pass\n",
 }
 
 PARSER_NOISE = re.compile(
@@ -65,11 +70,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "utf16.txt").write_bytes("the sea".encode("utf-16"))
     (path / "folder").mkdir()
     os.mkfifo(path / "pipe")
+    write_module(path)
+    (path / "imported").touch()  # its mark; no message may change a file
     return path
 
 
 @pytest.fixture
-def here(directory: Path, minigpt: MiniGPT, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(directory: Path, minigpt: MiniGPT, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working directory, with a run and checkpoints that cannot be used."""
     monkeypatch.chdir(directory)
     if not Path("run").exists():
@@ -81,9 +88,12 @@ def here(directory: Path, minigpt: MiniGPT, monkeypatch: pytest.MonkeyPatch) -> 
         Path("flipped/last.ckpt").write_bytes(content[:start] + bytes([content[start] ^ 64]) + content[start + 1 :])
         Path("truncated.ckpt").write_bytes(content[: len(content) // 2])
         torch.save({"state_dict": {"w": torch.ones(3)}, "epoch": 3}, "foreign.ckpt")
+        checkpoint["config"]["model"]["class_path"] = "elsewhere.OtherLM"
+        torch.save(checkpoint, "own.ckpt")
         checkpoint["settings"] = checkpoint.pop("config")
         torch.save(checkpoint, "old.ckpt")
-    return directory
+    with new_python():
+        yield directory
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
