@@ -22,6 +22,7 @@ from minigpt_pl.checkpoint.run_dir import resolve_run_dir
 from minigpt_pl.checkpoint.validation import validate_config, validate_sizes
 from minigpt_pl.cli import config_files, errors, help, options
 from minigpt_pl.cli.environment import apply_environment
+from minigpt_pl.cli.export import export_note
 from minigpt_pl.cli.prompts import PredictConfig, encode_prompts
 from minigpt_pl.cli.start import find_start, path_option
 from minigpt_pl.data.datamodule import TextDataModule
@@ -246,7 +247,8 @@ class MiniGPTCLI(LightningCLI):
     # The commands.
 
     def fit(self, model: LanguageModel, **kwargs: Any) -> None:
-        self.training.run(self.trainer, model, self.datamodule, self.io)
+        note = "" if self.checkpoint else export_note(model.net)  # with a checkpoint it is too late
+        self.training.run(self.trainer, model, self.datamodule, self.io, note)
         self.close()
 
     def close(self) -> None:
