@@ -21,6 +21,7 @@ from minigpt_pl.checkpoint.io import BEST_CKPT, AtomicCheckpointIO, read_checkpo
 from minigpt_pl.checkpoint.run_dir import resolve_run_dir
 from minigpt_pl.cli import classes, config_files, errors, help, options
 from minigpt_pl.cli.environment import apply_environment
+from minigpt_pl.cli.export import export_note
 from minigpt_pl.cli.prompts import PredictConfig, encode_prompts
 from minigpt_pl.cli.start import changes, find_start, path_option, read_start
 from minigpt_pl.data.datamodule import TextDataModule
@@ -245,7 +246,8 @@ class MiniGPTCLI(LightningCLI):
             self.trainer.fit(model, datamodule=self.datamodule)
             print(f"fast_dev_run: {self.trainer.global_step} steps and an evaluation ran, and nothing was written")
         else:
-            self.training.run(self.trainer, model, self.datamodule, self.io)
+            note = "" if self.checkpoint else export_note(model.net)  # with a checkpoint it is too late
+            self.training.run(self.trainer, model, self.datamodule, self.io, note)
             self.close()
 
     def close(self) -> None:

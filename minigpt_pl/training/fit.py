@@ -95,8 +95,10 @@ class FitRunner:
             "val_check_interval": self.init.data.config.eval_every * self.init.trainer.accumulate_grad_batches,
         }
 
-    def run(self, trainer: Any, model: LanguageModel, data: TextDataModule, io: AtomicCheckpointIO) -> None:
-        """Trains. Nothing is written before.
+    def run(
+        self, trainer: Any, model: LanguageModel, data: TextDataModule, io: AtomicCheckpointIO, note: str = ""
+    ) -> None:
+        """Trains, and prints `note` when nothing stands in the way any more. Nothing is written before.
 
         Raises:
             UserError: If a fork has nothing left to train, a file cannot be written, or Lightning refuses an option.
@@ -122,8 +124,8 @@ class FitRunner:
                     io.prepared = resume_state(
                         self.checkpoint, self.resuming, trainer, self.config, data.text_stats.sha256
                     )
-                if note := data.subsampling_note("val"):
-                    rank_zero_print(note)
+                for text in filter(None, (note, data.subsampling_note("val"))):
+                    rank_zero_print(text)
                 if trainer.is_global_zero:
                     dropped = dropped_splits(self.checkpoint, trainer.max_steps) if self.resuming else []
                     path = self.run_dir / METRICS_FILE
