@@ -242,8 +242,9 @@ class MiniGPTCLI(LightningCLI):
     # The commands.
 
     def fit(self, model: LanguageModel, **kwargs: Any) -> None:
-        if self.trainer.fast_dev_run:
-            self.trainer.fit(model, datamodule=self.datamodule)
+        trainer: Any = self.trainer
+        if trainer.fast_dev_run:
+            trainer.fit(model, datamodule=self.datamodule)
             print(f"fast_dev_run: {self.trainer.global_step} steps and an evaluation ran, and nothing was written")
         else:
             note = "" if self.checkpoint else export_note(model.net)  # with a checkpoint it is too late

@@ -14,7 +14,8 @@ import torch
 import yaml
 from conftest import PROJECT, Outcome
 
-from minigpt_pl.training.lit_modules import MAX_LOAD_METRICS, ModernLM
+from minigpt_pl.training.evaluation import MAX_LOAD_METRICS
+from minigpt_pl.training.lit_modules import ModernLM
 from minigpt_pl.training.sampling import read_samples
 
 FIT = (
