@@ -211,9 +211,10 @@ class MiniGPTCLI(LightningCLI):
         """Turns epochs and batches, as the Trainer counts, into the steps that config.yaml then holds."""
         given = any(o.name == "trainer.max_steps" for o in self.user_options) or bool(self.checkpoint)
         found = in_steps(self.resolved["trainer"], init.data, init.trainer.max_steps if given else None)
+        if found:
+            given_names = ", ".join(f"{k} {v}" for k in EPOCH_OPTIONS if (v := self.resolved["trainer"][k]) is not None)
+            self.notes.append(f"{given_names}: {', '.join(f'{name} is {value}' for name, value in found.items())}")
         for name in EPOCH_OPTIONS:
-            if (value := self.resolved["trainer"][name]) is not None:
-                self.notes.append(f"trainer.{name} {value}: {', '.join(f'{k} is {v}' for k, v in found.items())}")
             init.trainer[name] = self.resolved["trainer"][name] = None
         if "max_steps" in found:
             init.trainer.max_steps = self.resolved["trainer"]["max_steps"] = found["max_steps"]
