@@ -215,6 +215,14 @@ def test_a_class_that_only_a_checkpoint_names_is_refused_and_not_imported(
     assert not (here / "imported").exists()
 
 
+def test_a_class_may_move_to_another_file(minigpt: Call, run: Callable[[str], Path], tmp_path: Path) -> None:
+    write_module(run("own").parent, "moved")
+    fork = ("fit", "--ckpt_path", run("own") / "last.ckpt", "--run_dir", tmp_path / "r", "--trainer.max_steps", 17)
+    outcome = minigpt(*fork, "--model", "moved.MyLM", "--data", "moved.MyData")
+    assert (outcome.status, outcome.err) == (0, "trainer.max_steps: 16 -> 17\n")
+    assert "class_path: moved.MyLM" in (tmp_path / "r" / "config.yaml").read_text("utf-8")
+
+
 def rewritten(path: Path, to: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     """A checkpoint with another configuration."""
     checkpoint = torch.load(path)

@@ -115,23 +115,27 @@ class FailingLM(ModernLM):
 '''
 
 
-def write_module(directory: Path) -> Path:
-    """Writes my_module.py; returns the file that exists once the module is imported."""
-    (directory / "my_module.py").write_text(MODULE, "utf-8")
-    return directory / "imported"
+NAMES = {"my_module", "moved", "typed", "failing", "lacking", "taken"}
+"""Of the modules that the tests write."""
+
+
+def write_module(directory: Path, name: str = "my_module") -> None:
+    """Writes the module; the file "imported" beside it exists once it is imported."""
+    (directory / f"{name}.py").write_text(MODULE, "utf-8")
 
 
 def forget() -> None:
-    """Removes my_module and its classes, as in a new process."""
-    sys.modules.pop("my_module", None)
+    """Removes the tests' modules and their classes, as in a new process."""
+    for module in NAMES:
+        sys.modules.pop(module, None)
     for classes in (MODELS, DATA_MODULES):
-        for name in [name for name, cls in classes.items() if cls.__module__ == "my_module"]:
+        for name in [name for name, cls in classes.items() if cls.__module__ in NAMES]:
             del classes[name]
 
 
 @contextmanager
 def new_python() -> Iterator[None]:
-    """Forgets my_module before and after; writes no byte code, and leaves sys.path as it was."""
+    """Forgets the tests' modules before and after; writes no byte code, and leaves sys.path as it was."""
     path, wrote, sys.dont_write_bytecode = list(sys.path), sys.dont_write_bytecode, True
     forget()
     try:
