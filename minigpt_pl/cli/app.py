@@ -36,6 +36,7 @@ from minigpt_pl.training.checkpointing import CheckpointConfig
 from minigpt_pl.training.fit import FitRunner, as_list
 from minigpt_pl.training.lit_modules import MODELS, LanguageModel, ModernLM
 from minigpt_pl.training.loggers import WandbConfig
+from minigpt_pl.training.refused_callbacks import check_names
 from minigpt_pl.training.run_length import EPOCH_OPTIONS, in_steps
 from minigpt_pl.training.stopping import ValLossEarlyStopping
 from minigpt_pl.training.summary import format_summary, resume_command
@@ -154,6 +155,9 @@ class MiniGPTCLI(LightningCLI):
 
     def parse(self, parser: LightningArgumentParser, base: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The command line on top of a checkpoint's configuration: as the parser's namespace, and in plain values."""
+        for option in self.user_options:
+            if option.name == "trainer.callbacks":
+                check_names(options.as_text(option.value))
         try:
             # Options on the command line are those of the class that it names last, wherever in it that stands.
             flags = classes.named_classes(option for option in self.user_options if not option.file)

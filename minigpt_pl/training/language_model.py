@@ -27,7 +27,7 @@ from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.runtime.user_classes import import_path, is_own, register
 from minigpt_pl.training.evaluation import eval_metrics, expert_metrics
 from minigpt_pl.training.optim import OptimizerConfig, StepSchedule, build_optimizer
-from minigpt_pl.training.patches import step_ended
+from minigpt_pl.training.patches import log_completed_steps, step_ended
 from minigpt_pl.training.running_means import RunningMeans
 
 MODELS: dict[str, type["LanguageModel"]] = {}
@@ -138,6 +138,7 @@ class LanguageModel(LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         self.running_means.to(self.device)
+        log_completed_steps(self.trainer)
 
     def on_train_start(self) -> None:
         for schedule in (config.scheduler for config in self.trainer.lr_scheduler_configs):
@@ -175,9 +176,7 @@ class LanguageModel(LightningModule, ABC):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.log_is_due():
-            # Loggers take the step from the metrics; Lightning's own count of the steps is one less.
-            metrics = self.train_metrics() | {"step": self.trainer.global_step}
-            for name, value in metrics.items():
+            for name, value in self.train_metrics().items():
                 precise, shown = torch.tensor(value, dtype=torch.float64), name == "train/loss"
                 self.log(name, precise, on_step=True, on_epoch=False, prog_bar=shown)
 
@@ -249,10 +248,8 @@ class LanguageModel(LightningModule, ABC):
     def _log_eval(self, split: str) -> None:
         several = self.trainer.world_size > 1
         self.log_dict(self.finish_evaluation(split), sync_dist=several)
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self.log("step", float(self.trainer.global_step), sync_dist=several)  # as for the training metrics
-            if self.running_means.steps:
-                self.log_dict(self.train_metrics(), logger=False, sync_dist=several)
+        if self.trainer.state.fn == TrainerFn.FITTING and self.running_means.steps:  # a callback may monitor them here
+            self.log_dict(self.train_metrics(), logger=False, sync_dist=several)
 
     # Generation.
 

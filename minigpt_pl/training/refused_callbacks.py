@@ -3,6 +3,7 @@
 All others work beside those of this project; `docs/lightning.md` has the whole list.
 """
 
+import re
 from collections.abc import Iterable
 
 from lightning.pytorch import Callback, callbacks
@@ -37,6 +38,13 @@ REFUSED: dict[type[Callback], tuple[str, str]] = {
     ),
     callbacks.Timer: ("it does not count the time before a resume", "use --trainer.max_time"),
 }
+
+
+def check_names(text: str) -> None:
+    """Raises UserError if a value of trainer.callbacks names a class of REFUSED, which the parser may not build."""
+    for cls, (problem, remedy) in REFUSED.items():
+        if re.search(rf"\b{cls.__name__}\b", text):
+            raise UserError(problem, option="trainer.callbacks", value=cls.__name__, remedy=remedy)
 
 
 def check_callbacks(given: Iterable[Callback]) -> None:
