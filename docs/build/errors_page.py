@@ -61,8 +61,7 @@ CASES = {
         (f"{FIT} --trainer.min_epochs 5", "--trainer.min_epochs 5: a run counts steps; use --trainer.min_steps"),
         (f"{FIT} --trainer.val_check_interval 00:01:00:00", "--trainer.val_check_interval 00:01:00:00: it must be a number; give a number of batches, or --data.eval_every in steps"),
         (f"{FIT} --trainer.callbacks LearningRateFinder", "--trainer.callbacks LearningRateFinder: it changes the rate that config.yaml records, and searches again on a resume; call Tuner.lr_find from Python (docs/python.md), then use --model.lr"),
-        (f"{FIT} --trainer.logger CSVLogger", "--trainer.logger CSVLogger: minigpt sets this Trainer option itself; use --wandb"),
-        (f"{FIT} --trainer.default_root_dir x", "--trainer.default_root_dir x: minigpt sets this Trainer option itself; use --run_dir"),
+        (f"{FIT} --trainer.logger CSVLogger", "--trainer.logger CSVLogger: the class also needs the argument save_dir"),
     ],
     "Configuration files": [
         ("fit -c", "-c: its value is missing; name a file, as in -c smoke"),
