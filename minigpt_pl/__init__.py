@@ -19,7 +19,8 @@ _MODULES = {
     "score": "minigpt_pl.api",
 }
 __all__ = [
-    "ClassicLM", "LanguageModel", "ModernLM", "TextDataModule", "exact_training", "generate", "load_checkpoint", "score",
+    "ClassicLM", "LanguageModel", "ModernLM", "TextDataModule", "exact_training", "generate", "load_checkpoint",
+    "score",
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from minigpt_pl.checkpoint.io import BEST_CKPT, AtomicCheckpointIO, read_checkpo
 from minigpt_pl.checkpoint.run_dir import resolve_run_dir
 from minigpt_pl.cli import classes, config_files, errors, help, options
 from minigpt_pl.cli.environment import apply_environment
+from minigpt_pl.cli.export import export_note
 from minigpt_pl.cli.prompts import PredictConfig, encode_prompts
 from minigpt_pl.cli.start import changes, find_start, path_option, read_start
 from minigpt_pl.data.datamodule import TextDataModule
@@ -35,6 +36,7 @@ from minigpt_pl.training.checkpointing import CheckpointConfig
 from minigpt_pl.training.fit import FitRunner, as_list
 from minigpt_pl.training.lit_modules import MODELS, LanguageModel, ModernLM
 from minigpt_pl.training.loggers import WandbConfig
+from minigpt_pl.training.refused_callbacks import check_names
 from minigpt_pl.training.run_length import EPOCH_OPTIONS, in_steps
 from minigpt_pl.training.stopping import ValLossEarlyStopping
 from minigpt_pl.training.summary import format_summary, resume_command
@@ -153,6 +155,9 @@ class MiniGPTCLI(LightningCLI):
 
     def parse(self, parser: LightningArgumentParser, base: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The command line on top of a checkpoint's configuration: as the parser's namespace, and in plain values."""
+        for option in self.user_options:
+            if option.name == "trainer.callbacks":
+                check_names(options.as_text(option.value))
         try:
             # Options on the command line are those of the class that it names last, wherever in it that stands.
             flags = classes.named_classes(option for option in self.user_options if not option.file)
@@ -210,9 +215,10 @@ class MiniGPTCLI(LightningCLI):
         """Turns epochs and batches, as the Trainer counts, into the steps that config.yaml then holds."""
         given = any(o.name == "trainer.max_steps" for o in self.user_options) or bool(self.checkpoint)
         found = in_steps(self.resolved["trainer"], init.data, init.trainer.max_steps if given else None)
+        if found:
+            given_names = ", ".join(f"{k} {v}" for k in EPOCH_OPTIONS if (v := self.resolved["trainer"][k]) is not None)
+            self.notes.append(f"{given_names}: {', '.join(f'{name} is {value}' for name, value in found.items())}")
         for name in EPOCH_OPTIONS:
-            if (value := self.resolved["trainer"][name]) is not None:
-                self.notes.append(f"trainer.{name} {value}: {', '.join(f'{k} is {v}' for k, v in found.items())}")
             init.trainer[name] = self.resolved["trainer"][name] = None
         if "max_steps" in found:
             init.trainer.max_steps = self.resolved["trainer"]["max_steps"] = found["max_steps"]
@@ -241,11 +247,13 @@ class MiniGPTCLI(LightningCLI):
     # The commands.
 
     def fit(self, model: LanguageModel, **kwargs: Any) -> None:
-        if self.trainer.fast_dev_run:
-            self.trainer.fit(model, datamodule=self.datamodule)
+        trainer: Any = self.trainer
+        if trainer.fast_dev_run:
+            trainer.fit(model, datamodule=self.datamodule)
             print(f"fast_dev_run: {self.trainer.global_step} steps and an evaluation ran, and nothing was written")
         else:
-            self.training.run(self.trainer, model, self.datamodule, self.io)
+            note = "" if self.checkpoint else export_note(model.net)  # with a checkpoint it is too late
+            self.training.run(self.trainer, model, self.datamodule, self.io, note)
             self.close()
 
     def close(self) -> None:

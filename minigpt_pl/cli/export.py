@@ -53,15 +53,29 @@ def layout_of(model: GPT) -> Layout:
     Raises:
         UserError: If no layout has the model's function.
     """
-    if type(model) is ClassicGPT:
+    if obstacle := export_obstacle(model):
+        raise obstacle
+    if isinstance(model, ClassicGPT):
         return gpt2(model)
-    if type(model) is not ModernGPT:
-        name = type(model).__name__
-        raise UserError(f"transformers has no layout for {name}", remedy="export a ClassicLM or a ModernLM")
-    if model.blocks[0].conv_1 is not None:
-        problem = "transformers has no layout with short convolutions"
-        raise UserError(problem, remedy="train with --model.conv_kernel_size 0")
+    assert isinstance(model, ModernGPT)
     return llama_family(model)
+
+
+def export_obstacle(model: GPT) -> UserError | None:
+    """Why no layout has the model's function, and which model has one; None if one has."""
+    if type(model) not in (ClassicGPT, ModernGPT):
+        problem = f"transformers has no layout for {type(model).__name__}"
+        return UserError(problem, remedy="train a ClassicLM or a ModernLM")
+    if isinstance(model, ModernGPT) and model.blocks[0].conv_1 is not None:
+        problem = "transformers has no layout with short convolutions"
+        return UserError(problem, remedy="train with --model.conv_kernel_size 0")
+    return None
+
+
+def export_note(model: GPT) -> str:
+    """What `fit` says about a model that cannot be exported; "" for others."""
+    obstacle = export_obstacle(model)
+    return f"to export a model, {obstacle.remedy}: {obstacle.problem}" if obstacle else ""
 
 
 def rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:

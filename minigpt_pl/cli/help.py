@@ -19,16 +19,21 @@ WIDTH, COLUMN = 110, 38
 TITLES = {
     "": "The run",
     "model": "The model and its optimizer; --model.help ClassicLM lists those of another model",
-    "data": "The text, batches and evaluation",
+    "data": "The text, batches and evaluation; --data.help lists all options",
     "sample": "Prompts and sampling",
     "early_stopping": "Early stopping; --early_stopping null disables it",
     "checkpoint": "When last.ckpt is saved",
     "samples": "Samples of text in samples.txt; --samples null disables them",
-    "wandb": "Weights & Biases; --wandb null disables it",
+    "wandb": "Weights & Biases; --wandb null disables it, --wandb.help lists all options",
     "trainer": "Lightning's Trainer; --trainer.help lists all of its options",
 }
 HIDDEN = {"validate": ("model", "seed"), "test": ("model", "seed"), "predict": ("model", "seed", "data")}
 """Options that a command takes but its help does not list: they come from the checkpoint."""
+RARE = {
+    "data.split_unit", "data.bpe_min_pair_freq", "data.bpe_across_lines", "data.bpe_train_on", "wandb.entity",
+    "wandb.id", "wandb.group", "wandb.job_type",
+}  # fmt: skip
+"""Options that only the help of their group lists."""
 METAVARS = {
     "config": "FILE", "run_dir": "DIR", "ckpt_path": "FILE", "model": "CLASS", "print_config": "", "wandb.tags": "A,B",
 }  # fmt: skip
@@ -48,7 +53,7 @@ def render_help(command: str, args: list[str]) -> str:
         if group:
             argument = name.removeprefix(f"{group}.")
             return argument != name and (not named or any(argument in class_options(cls) for cls in named))
-        rare = name.startswith("trainer.") and name.removeprefix("trainer.") not in TRAINER_HELP
+        rare = name in RARE or name.startswith("trainer.") and name.removeprefix("trainer.") not in TRAINER_HELP
         return not (rare or spec.only not in ("", "ModernLM") or name.startswith(HIDDEN.get(command, ())))
 
     specs = option_specs(command, *(cls for cls in named if not is_own(cls)))

@@ -190,7 +190,8 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The micro-batches of an epoch; with max_steps alone the whole run is one epoch."""
-        trainer, config = self.trainer, self.config
+        trainer: Any = self.trainer
+        config = self.config
         if trainer is None:
             accumulate, world, rank = 1, 1, 0
         else:

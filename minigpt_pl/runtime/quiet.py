@@ -8,10 +8,10 @@ def silence_libraries() -> None:
     """Hides advertisements, lists of devices, and advice that does not apply to this project."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for asked_for in ("profilers.profiler", "callbacks.model_summary"):
+        logging.getLogger(f"lightning.pytorch.{asked_for}").setLevel(logging.INFO)
     for advice in (
         ".*does not have many workers.*",
-        ".*your dataloader is not resumable.*",
-        ".*You're resuming from a checkpoint that ended.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*exists and is not empty.*",
         ".*functional.all_gather is deprecated.*",

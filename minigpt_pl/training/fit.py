@@ -27,6 +27,7 @@ from minigpt_pl.training.loggers import ResumableCSVLogger, WandbCallback, choos
 from minigpt_pl.training.metrics import TrainMetrics
 from minigpt_pl.training.patches import set_callbacks
 from minigpt_pl.training.progress import ProgressBar
+from minigpt_pl.training.refused_callbacks import check_callbacks
 from minigpt_pl.training.resume import dropped_splits, resume_state
 from minigpt_pl.training.stopping import GracefulStop
 from minigpt_pl.training.summary import RunSummary
@@ -71,6 +72,7 @@ class FitRunner:
     def callbacks(self, others: list[Callback]) -> list[Callback]:
         """The user's callbacks and ours, in the order in which they must act."""
         init, run_dir = self.init, str(self.run_dir)
+        check_callbacks(others)
         if init.trainer.fast_dev_run:
             return [*others, StepSeeder(), TrainMetrics()]
         own_bar = init.trainer.enable_progress_bar is False or any(isinstance(c, LightningBar) for c in others)
@@ -95,8 +97,10 @@ class FitRunner:
             "val_check_interval": self.init.data.config.eval_every * self.init.trainer.accumulate_grad_batches,
         }
 
-    def run(self, trainer: Any, model: LanguageModel, data: TextDataModule, io: AtomicCheckpointIO) -> None:
-        """Trains. Nothing is written before.
+    def run(
+        self, trainer: Any, model: LanguageModel, data: TextDataModule, io: AtomicCheckpointIO, note: str = ""
+    ) -> None:
+        """Trains, and prints `note` when nothing stands in the way any more. Nothing is written before.
 
         Raises:
             UserError: If a fork has nothing left to train, a file cannot be written, or Lightning refuses an option.
@@ -122,8 +126,8 @@ class FitRunner:
                     io.prepared = resume_state(
                         self.checkpoint, self.resuming, trainer, self.config, data.text_stats.sha256
                     )
-                if note := data.subsampling_note("val"):
-                    rank_zero_print(note)
+                for text in filter(None, (note, data.subsampling_note("val"))):
+                    rank_zero_print(text)
                 if trainer.is_global_zero:
                     dropped = dropped_splits(self.checkpoint, trainer.max_steps) if self.resuming else []
                     path = self.run_dir / METRICS_FILE
@@ -138,7 +142,7 @@ class FitRunner:
                 if signals.pending_signal is not None and trainer.world_size > 1:
                     # A second signal has ended another process at once: this one fails only because it waits for it.
                     signals.exit_now(signals.pending_signal)
-                if isinstance(error, MisconfigurationException):  # such as a monitor that is never logged
+                if isinstance(error, (MisconfigurationException, ModuleNotFoundError)):  # such as an unknown monitor
                     problem = str(error).replace("`", "").split(". ")[0].split("\n")[0]
                     raise UserError(problem, remedy="correct it, and start again or resume") from error
                 if isinstance(error, OSError) and not isinstance(error, ConnectionError):

@@ -116,8 +116,8 @@ class WandbConfig:
     Args:
         offline: Keep everything on this machine.
         project: The W&B project of the run.
-        entity: The W&B user or team that the project belongs to; by default the one that W&B knows.
-        id: The id of the W&B run, which may exist; by default a new one, or that of the resumed run.
+        entity: User or team of the project; by default the one that W&B knows.
+        id: Id of the W&B run; by default a new one, or that of the resumed run.
         name: Name of the run; by default that of the run directory.
         group: Runs that belong together, such as the seeds of one configuration.
         job_type: Kind of run within its group.

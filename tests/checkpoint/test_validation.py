@@ -192,9 +192,10 @@ def test_a_callback_that_monitors_an_unknown_metric_is_the_users_mistake(
     args = ("--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.monitor", "val_loss")
     done = minigpt("fit", *SMALL, "--data.path", text_file, "--run_dir", tmp_path / "r", *args)
     assert done.status == 2
-    assert done.err.startswith("error: ModelCheckpoint(monitor='val_loss') could not find the monitored key")
-    assert "val/loss" in done.err
-    assert done.err.count("\n") == 1
+    error = done.err.splitlines()[-1]
+    assert error.startswith("error: ModelCheckpoint(monitor='val_loss') could not find the monitored key")
+    assert "val/loss" in error
+    assert done.err.count("error") == 1
 
 
 def test_a_callback_of_lightning_is_kept_on_resume(minigpt: Call, trained: Path, tmp_path: Path) -> None:
@@ -251,10 +252,10 @@ def test_a_file_that_minigpt_did_not_write_is_refused(minigpt: Call, trained: Pa
     path = tmp_path / "other.ckpt"
     for other in ({"state_dict": {}}, [1, 2], 3, {"config": {}}):
         torch.save(other, path)
-        with pytest.raises(UserError, match="not a checkpoint that minigpt wrote"):
+        with pytest.raises(UserError, match="not a checkpoint of a minigpt model"):
             load_checkpoint(path)
     for message in refusals(minigpt, path, tmp_path / "new"):
-        assert "not a checkpoint that minigpt wrote" in message
+        assert "not a checkpoint of a minigpt model" in message
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme", "not a checkpoint")
     with pytest.raises(UserError):
@@ -274,6 +275,6 @@ def test_the_class_of_a_checkpoint_is_checked(trained: Path) -> None:
         ClassicLM.load_from_checkpoint(trained)
     assert isinstance(LanguageModel.load_from_checkpoint(trained), ModernLM)
     assert ModernLM.load_from_checkpoint(trained, dropout=0.5).net.dropout.p == 0.5
-    with pytest.raises(UserError, match="map_location, rope_theta: of a trained ModernLM only compile, dropout"):
-        ModernLM.load_from_checkpoint(trained, rope_theta=50.0, map_location="cpu")
+    with pytest.raises(UserError, match="rope_theta: of a trained ModernLM only compile, dropout"):
+        ModernLM.load_from_checkpoint(trained, rope_theta=50.0)
     assert read_checkpoint(trained)["global_step"] == 1

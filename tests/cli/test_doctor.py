@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from minigpt_pl.cli.doctor import harmful_versions, is_causal
 from minigpt_pl.models import attention
-from minigpt_pl.models.config import GPTConfig
+from minigpt_pl.models.config import ClassicConfig
 from minigpt_pl.models.gpt import ClassicGPT
 
 
@@ -32,7 +32,7 @@ class Leaky(ClassicGPT):
 
 @pytest.mark.parametrize(("kind", "causal"), [(ClassicGPT, True), (Leaky, False)])
 def test_a_leak_is_found(kind, causal):
-    config = GPTConfig(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=8, dropout=0.0)
+    config = ClassicConfig(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=8, dropout=0.0)
     model = kind(config, seed=1).eval()
     ids = torch.arange(16).view(2, 8) % 7
     assert is_causal(model, ids, torch.no_grad) is causal

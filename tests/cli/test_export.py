@@ -40,6 +40,7 @@ def test_transformers_computes_the_same(kind, minigpt, tmp_path):
     run, out = tmp_path / "run", tmp_path / "hf"
     outcome = minigpt("fit", *TINY, *KINDS[kind], "--run_dir", run, "--model.lr", "0.02")
     assert outcome.status == 0, outcome.err
+    assert "to export a model" not in outcome.err
     outcome = minigpt("export", "--ckpt_path", run / "last.ckpt", "--out", out)
     assert outcome.status == 0, outcome.err
     loaded = load_checkpoint(run / "last.ckpt")
@@ -81,6 +82,29 @@ def test_a_model_without_a_layout_is_refused():
     with pytest.raises(UserError, match="short convolutions; train with --model.conv_kernel_size 0"):
         layout_of(build("recipes"))
     layout_of(build("recipes", conv_kernel_size=0))
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (
+            (),
+            "to export a model, train with --model.conv_kernel_size 0: "
+            "transformers has no layout with short convolutions",
+        ),
+        (
+            ("--model", "AblationLM"),
+            "to export a model, train a ClassicLM or a ModernLM: transformers has no layout for AblationGPT",
+        ),
+    ],
+)
+def test_fit_says_before_training_that_a_model_cannot_be_exported(args, line, minigpt, tmp_path):
+    fit = ("fit", *TINY, *args, "--run_dir", tmp_path / "run")
+    assert minigpt(*fit, "--data.path", "nothing.txt").err.startswith("error: ")
+    assert minigpt(*fit).err == f"{line}\n"
+    resumed = minigpt("fit", "--run_dir", tmp_path / "run", "--ckpt_path", "last", "--trainer.max_steps", 30)
+    assert resumed.err == "trainer.max_steps: 20 -> 30\n"
+    assert minigpt(*fit).err.count("\n") == 1  # an error alone: the directory holds a run
 
 
 def test_a_folder_with_files_is_not_overwritten(minigpt, tmp_path):

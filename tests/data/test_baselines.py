@@ -8,6 +8,8 @@ import pytest
 
 from minigpt_pl.data.baselines import NGRAM_ORDERS, compute_baselines, ngram_nats, split_baselines, xz_bits_per_byte
 from minigpt_pl.data.datamodule import TextDataModule
+from minigpt_pl.data.token_cache import SPLITS
+from minigpt_pl.data.tokenizer import CharTokenizer
 
 
 def witten_bell(train: list[int], context: tuple[int, ...], token: int, vocab_size: int) -> float:
@@ -53,14 +55,14 @@ def test_baselines_of_a_data_module_score_its_own_splits(tmp_path):
     path.write_text("the sea comes in, the sea goes out.\n" * 40 + "other words, quite unlike these\n" * 20, "utf-8")
     options = {"block_size": 8, "batch_size": 2, "eval_every": 1, "train_frac": 0.7, "test_frac": 0.1}
     data = TextDataModule(path=str(path), tokenizer="bpe", split_unit="tokens", bpe_vocab_size=60, **options)
-    text = path.read_text("utf-8")
-    a, b = (
-        sum(len(data.tokenizer.decode(data.tokens(split).tolist())) for split in splits)
-        for splits in (["train"], ["train", "val"])
-    )
-    expected = compute_baselines(str(path), (a + 0.5) / len(text), 1 - (b + 0.5) / len(text))
-    assert split_baselines(data) == expected
-    assert expected != compute_baselines(str(path), 0.7, 0.1)
+    train, val, _ = ("".join(data.tokenizer.vocabulary[i] for i in data.tokens(split)) for split in SPLITS)
+    characters = CharTokenizer(data.text_stats.alphabet)
+    ids = [characters.encode(part).astype(np.int64) for part in (train, val)]
+    found = split_baselines(data)
+    nats = [values["nats_per_char"] for name, values in found.items() if name != "xz"]
+    assert nats == ngram_nats(*ids, len(characters.vocabulary))
+    assert found["xz"]["bits_per_byte"] == xz_bits_per_byte(train.encode(), val.encode())
+    assert found != compute_baselines(str(path), 0.7, 0.1)
 
 
 def test_bytes_of_another_script(tmp_path):

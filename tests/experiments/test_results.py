@@ -99,7 +99,7 @@ def test_a_run_with_both_estimators_keeps_both(tmp_path: Path) -> None:
 def test_losses_compare_if_the_same_estimator_has_chosen_them() -> None:
     def protocol(*args: str) -> tuple[object, ...]:
         config = resolve_config([f"--data.{arg}" for arg in args])
-        return Result("a", 0, "", "", config, {"data_sha256": "d"}, "", []).eval_protocol()
+        return Result("a", 0, "", "", config, {"data_sha256": "d", "tokenizer_sha256": "t"}, "", []).eval_protocol()
 
     assert protocol("eval_mode=both") == protocol("eval_mode=sampled") != protocol("eval_mode=full")
     assert protocol("eval_mode=both") == protocol("eval_mode=both", "max_eval_tokens=64")

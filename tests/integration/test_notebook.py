@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Outcome
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import (
     EarlyStopping,
@@ -18,7 +19,6 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.tuner import Tuner
-from conftest import Outcome
 from torch import Tensor
 from torch.utils.data import DataLoader
 

@@ -1,0 +1,175 @@
+"""docs/lightning.md: each option of the Trainer and each callback of Lightning works or is refused, as it says."""
+
+import csv
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import PROJECT, Outcome
+from lightning.pytorch import Trainer, callbacks
+from support.runs import summary
+
+from minigpt_pl.checkpoint.io import read_checkpoint
+from minigpt_pl.cli.options import RESERVED
+from minigpt_pl.training.refused_callbacks import REFUSED
+
+Fit = Callable[..., Outcome]
+PAGE = (PROJECT / "docs" / "lightning.md").read_text("utf-8")
+OPTIONS, CALLBACKS = (dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", part, re.M)) for part in PAGE.split("## Callbacks"))
+
+
+@pytest.fixture
+def fit(minigpt: Fit, text_file: Path, tmp_path: Path) -> Fit:
+    small = ("-c", "smoke", "--wandb", "null", "--samples", "null", "--model.n_embd", 16, "--model.block_size", 16)
+    small += ("--data.batch_size", 4, "--data.eval_every", 3, "--trainer.max_steps", 6, "--trainer.accelerator", "cpu")
+    small += ("--trainer.log_every_n_steps", 2, "--data.path", text_file, "--run_dir", tmp_path / "run")
+    return lambda *options: minigpt("fit", *small, *options)
+
+
+def evaluated(tmp_path: Path) -> list[int]:
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row["split"] == "val"]
+
+
+def test_the_page_has_every_option_and_every_callback() -> None:
+    assert OPTIONS.keys() == inspect.signature(Trainer).parameters.keys()
+    assert CALLBACKS.keys() == set(callbacks.__all__)
+    assert {name for name, word in OPTIONS.items() if word == "refused"} == RESERVED.keys()
+    refused = {name for name in CALLBACKS if issubclass(getattr(callbacks, name), tuple(REFUSED))}
+    assert {name for name, word in CALLBACKS.items() if word == "refused"} == refused
+    assert {*OPTIONS.values(), *CALLBACKS.values()} == {"works", "refused"}
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED))
+def test_a_refused_option_says_why(name: str, fit: Fit, tmp_path: Path) -> None:
+    outcome = fit(f"--trainer.{name}", "true")
+    assert outcome.status == 2
+    assert f"{RESERVED[name][0]}; {RESERVED[name][1]}" in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+ARGUMENTS: dict[str, list[Any]] = {
+    "StochasticWeightAveraging": ["swa_lrs", 0.01], "OnExceptionCheckpoint": ["dirpath", "x"],
+    "ModelPruning": ["pruning_fn", "l1_unstructured"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["BatchSizeFinder", "LearningRateFinder", "BackboneFinetuning", "Timer", *ARGUMENTS])
+def test_a_refused_callback_says_why(name: str, fit: Fit, tmp_path: Path) -> None:
+    argument, value = ARGUMENTS.get(name, ["", ""])
+    options = [f"--trainer.callbacks.{argument}", value] if argument else []
+    outcome = fit("--trainer.callbacks", name, *options)
+    assert outcome.status == 2
+    assert outcome.err.count("\n") == 1
+    assert f"--trainer.callbacks {name}" in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "evals"),
+    [
+        (["--trainer.limit_train_batches", 4], 4, [3, 4]),
+        (["--trainer.max_epochs", 1, "--trainer.limit_train_batches", 0.1], 5, [3, 5]),
+        (["--trainer.val_check_interval", 2], 6, [2, 4, 6]),
+        (["--trainer.val_check_interval", 0.25, "--trainer.limit_train_batches", 4], 4, [1, 2, 3, 4]),
+        (["--trainer.val_check_interval", 4, "--trainer.accumulate_grad_batches", 2], 6, [2, 4, 6]),
+        (["--trainer.check_val_every_n_epoch", 2, "--trainer.max_epochs", 3, "--trainer.limit_train_batches", 2], 6,
+         [4, 6]),
+        (["--trainer.overfit_batches", 1], 6, [3, 6]),
+        (["--trainer.num_sanity_val_steps", 2], 6, [3, 6]),
+        (["--trainer.limit_val_batches", 0], 6, []),
+    ],
+)  # fmt: skip
+def test_epochs_and_batches_become_steps(
+    options: list[Any], steps: int, evals: list[int], fit: Fit, tmp_path: Path
+) -> None:
+    outcome = fit(*options)
+    assert outcome.status == 0, outcome.err
+    assert summary(tmp_path / "run")["total_steps"] == steps
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text("utf-8"))
+    assert config["trainer"]["max_steps"] == steps
+    assert config["trainer"].get("max_epochs") is None
+    if evals:
+        assert evaluated(tmp_path) == evals
+
+
+def test_a_run_of_epochs_resumes_and_is_extended_in_steps(fit: Fit, minigpt: Fit, tmp_path: Path) -> None:
+    assert fit("--trainer.limit_train_batches", 4).status == 0
+    resumed = minigpt("fit", "--run_dir", tmp_path / "run", "--ckpt_path", "last", "--trainer.max_steps", 8)
+    assert resumed.status == 0, resumed.err
+    assert evaluated(tmp_path) == [3, 6, 8]
+
+
+def test_a_fast_dev_run_writes_nothing(fit: Fit, tmp_path: Path) -> None:
+    outcome = fit("--trainer.fast_dev_run", 2)
+    assert outcome.status == 0
+    assert outcome.out.endswith("fast_dev_run: 2 steps and an evaluation ran, and nothing was written\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_limits_change_what_an_evaluation_reads(fit: Fit, tmp_path: Path) -> None:
+    assert fit("--data.batch_size", 1, "--trainer.limit_val_batches", 1).status == 0
+    limited = summary(tmp_path / "run")["best_val"]
+    assert fit("--data.batch_size", 1, "--run_dir", tmp_path / "whole").status == 0
+    assert limited != summary(tmp_path / "whole")["best_val"]
+
+
+def test_gradients_are_clipped_by_value(fit: Fit, tmp_path: Path) -> None:
+    losses = []
+    for algorithm in ("norm", "value"):
+        run = tmp_path / algorithm
+        clip = ("--trainer.gradient_clip_val", 1e-3, "--trainer.gradient_clip_algorithm", algorithm)
+        assert fit(*clip, "--run_dir", run, "--model.optimizer", "adamw").status == 0
+        losses.append(summary(run)["best_val"])
+    assert losses[0] != losses[1]
+
+
+def test_a_logger_stands_beside_ours(fit: Fit, tmp_path: Path) -> None:
+    assert fit("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", tmp_path / "log").status == 0
+    (file,) = (tmp_path / "log").rglob("metrics.csv")
+    with file.open(newline="") as theirs, (tmp_path / "run" / "metrics.csv").open(newline="") as ours:
+        found = {row["step"]: row["train/loss"] for row in csv.DictReader(theirs) if row["train/loss"]}
+        expected = {row["step"]: row["train/loss"] for row in csv.DictReader(ours) if row["train/loss"]}
+    assert found == expected
+
+
+def test_early_stopping_of_the_users_own_is_the_stop_reason(fit: Fit, tmp_path: Path) -> None:
+    name = "--trainer.callbacks"
+    stop = (name, "EarlyStopping", f"{name}.monitor", "val/loss", f"{name}.patience", 1, f"{name}.min_delta", 100)
+    assert fit(*stop, "--trainer.max_steps", 30).status == 0
+    assert summary(tmp_path / "run")["stop_reason"] == "early_stopping"
+    assert summary(tmp_path / "run")["total_steps"] == 6
+
+
+@pytest.mark.parametrize("name", ["LearningRateMonitor", "TQDMProgressBar", "RichProgressBar", "SpikeDetection"])
+def test_a_single_callback_needs_no_list(name: str, fit: Fit) -> None:
+    outcome = fit("--trainer.callbacks", name)
+    assert outcome.status == 0, outcome.err
+
+
+def test_a_checkpoint_callback_of_lightning_makes_its_folder(fit: Fit, tmp_path: Path) -> None:
+    name, folder = "--trainer.callbacks", tmp_path / "run" / "every"
+    options = [f"{name}.every_n_train_steps", 2, f"{name}.save_top_k", -1, f"{name}.dirpath", folder]
+    assert fit(name, "ModelCheckpoint", *options).status == 0
+    steps = {path.name: read_checkpoint(path)["global_step"] for path in folder.iterdir()}
+    assert steps == {f"epoch=0-step={step}.ckpt": step for step in (2, 4, 6)}
+
+
+def test_averaged_weights_resume_to_the_bit(fit: Fit, minigpt: Fit, tmp_path: Path) -> None:
+    average = ("--trainer.callbacks", "EMAWeightAveraging")
+    assert fit(*average, "--trainer.max_steps", 3, "--model.lr_schedule", "constant").status == 0
+    resumed = ("--run_dir", tmp_path / "run", "--ckpt_path", "last", "--trainer.max_steps", 6)
+    assert minigpt("fit", *resumed).status == 0
+    assert fit(*average, "--run_dir", tmp_path / "straight", "--model.lr_schedule", "constant").status == 0
+    assert summary(tmp_path / "run")["best_val"] == summary(tmp_path / "straight")["best_val"]
+
+
+def test_a_summary_and_a_profile_are_printed(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
+    outcome = fit("--trainer.enable_model_summary", "true", "--trainer.profiler", "simple")
+    assert outcome.status == 0
+    assert "Trainable params" in outcome.out + caplog.text  # Rich prints it, where it is installed
+    assert "Profiler Report" in caplog.text

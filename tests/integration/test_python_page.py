@@ -1,0 +1,28 @@
+"""docs/python.md: its code runs from top to bottom, as a reader would run it."""
+
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROJECT
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "python.md").read_text("utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore:.*log_every_n_steps.*", "ignore:Checkpoint directory .* exists")
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.py").write_text("\n".join(BLOCKS), "utf-8")  # a file: jsonargparse reads the source of a class
+    monkeypatch.syspath_prepend(tmp_path)
+    names: dict[str, Any] = vars(import_module("page"))
+    assert (tmp_path / "runs" / "exact" / "best.ckpt").is_file()
+    assert names["trainer"].global_step == 20
+    odd = names["OddWindows"](path="data/input.txt", block_size=64, batch_size=16, eval_every=100)
+    names["Trainer"](max_steps=1, limit_val_batches=0, logger=False, enable_checkpointing=False).fit(names["calm"], odd)
+    options = ["--data.path", "data/input.txt", "--data.batch_size", "4", "--data.eval_every", "5"]
+    options += ["--model.dropout", "0", "--model.lr", "0.01", "--model.weight_decay", "0", "--model.block_size", "32"]
+    options += ["--trainer.max_steps", "2", "--trainer.logger", "false", "--trainer.limit_val_batches", "1"]
+    monkeypatch.setattr("sys.argv", ["page.py"])  # else Lightning warns of two command lines
+    names["main"](["fit", *options])
