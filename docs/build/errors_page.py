@@ -160,6 +160,8 @@ CASES = {
         (f"{FIT} --model elsewhere.MyLM", "--model elsewhere.MyLM: there is no module elsewhere; start minigpt in the folder of its file, or set PYTHONPATH"),
         (f"{FIT} --model my_module.MyML", "--model my_module.MyML: my_module has no MyML; did you mean MyLM?"),
         (f"{FIT} --model my_module.NotALM", "--model my_module.NotALM: it is not a class derived from LanguageModel; make it a subclass of minigpt_pl.ModernLM, or write a LightningCLI (docs/python.md)"),
+        (f"{FIT} --model my_module.TABLE", "--model my_module.TABLE: it is not a class derived from LanguageModel; make it a subclass of minigpt_pl.ModernLM, or write a LightningCLI (docs/python.md)"),
+        (f"{FIT} --model my_module.Alias", "--model my_module.Alias: the name of the class is MyLM; use that name"),
         (f"{FIT} --data my_module.MyLM", "--data my_module.MyLM: it is not a class derived from TextDataModule; make it a subclass of minigpt_pl.TextDataModule, or write a LightningCLI (docs/python.md)"),
         (f"{FIT} --model my_module.FixedLM", "--model my_module.FixedLM: it does not take n_layer; pass all options on, as in def __init__(self, **config) and super().__init__(**config)"),
         (f"{FIT} --model my_module.NumbersLM", "NumbersLM cannot be built on torch's meta device, as a checkpoint's sizes are checked there (Tensor.item() cannot be called on meta tensors) (line ... of my_module); compute with numbers in on_fit_start, not in __init__"),

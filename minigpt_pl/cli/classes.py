@@ -47,7 +47,9 @@ def named_class(group: str, value: Any) -> Any:
     if own and is_own(own) and value.startswith("minigpt_pl."):
         return own
     try:
-        return _checked(group, _imported(value))
+        cls = _imported(value)
+        _check(group, cls, value)
+        return cls
     except UserError as error:
         raise UserError(error.problem, option=f"--{group}", value=value, remedy=error.remedy) from error
 
@@ -89,8 +91,7 @@ def _imported(path: str) -> Any:
     return getattr(module, name)
 
 
-@cache
-def _checked(group: str, cls: Any) -> Any:
+def _check(group: str, cls: Any, path: str) -> None:
     base, example = BASES[group], {"model": "ModernLM", "data": "TextDataModule"}[group]
     is_derived = inspect.isclass(cls) and issubclass(cls, base)
     if not is_derived:
@@ -98,11 +99,18 @@ def _checked(group: str, cls: Any) -> Any:
         raise UserError(f"it is not a class derived from {base.__name__}", remedy=remedy)
     if inspect.isabstract(cls):
         raise UserError(f"it does not define {', '.join(sorted(cls.__abstractmethods__))}")
-    accepted = ArgumentParser().add_class_arguments(cls, fail_untyped=False)
-    if missing := [field.name for field in fields(cls.config_class) if field.name not in accepted]:
+    if not path.endswith(f".{cls.__name__}"):
+        raise UserError(f"the name of the class is {cls.__name__}", remedy="use that name")
+    if missing := _missing_options(cls):
         remedy = "pass all options on, as in def __init__(self, **config) and super().__init__(**config)"
         raise UserError(f"it does not take {', '.join(missing[:3])}", remedy=remedy)
-    return cls
+
+
+@cache
+def _missing_options(cls: Any) -> list[str]:
+    """Options that a class should have, but that its constructor does not take, by its source code."""
+    accepted = ArgumentParser().add_class_arguments(cls, fail_untyped=False)
+    return [field.name for field in fields(cls.config_class) if field.name not in accepted]
 
 
 def line_in(module: str, error: BaseException) -> str:
