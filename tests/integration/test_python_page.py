@@ -19,8 +19,8 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     names: dict[str, Any] = vars(import_module("page"))
     assert (tmp_path / "runs" / "exact" / "best.ckpt").is_file()
     assert names["trainer"].global_step == 20
-    odd = names["OddWindows"](path="data/input.txt", block_size=64, batch_size=16, eval_every=100)
-    names["Trainer"](max_steps=1, limit_val_batches=0, logger=False, enable_checkpointing=False).fit(names["calm"], odd)
+    own = names["MyData"](path="data/input.txt", block_size=64, batch_size=16, eval_every=100)
+    names["Trainer"](max_steps=1, limit_val_batches=0, logger=False, enable_checkpointing=False).fit(names["calm"], own)
     options = ["--data.path", "data/input.txt", "--data.batch_size", "4", "--data.eval_every", "5"]
     options += ["--model.dropout", "0", "--model.lr", "0.01", "--model.weight_decay", "0", "--model.block_size", "32"]
     options += ["--trainer.max_steps", "2", "--trainer.logger", "false", "--trainer.limit_val_batches", "1"]
