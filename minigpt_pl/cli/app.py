@@ -47,6 +47,7 @@ CONFIG_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationEx
 def run(command: str, args: list[str]) -> int:
     """Runs fit, validate, test or predict; returns the exit status."""
     silence_libraries()
+    classes.find_modules_here()
     if help.is_help_request(args):
         print(help.render_help(command, args))
         return 0

@@ -29,6 +29,12 @@ BASES = {"model": LanguageModel, "data": TextDataModule}
 FILE_SUFFIXES = (".yaml", ".yml", ".json", ".txt", ".md")
 
 
+def find_modules_here() -> None:
+    """Makes modules in the current directory importable. They come last, so that no file hides a library."""
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+
+
 def is_import_path(value: Any) -> bool:
     """Whether a value of --model or --data names a class in a module, such as my_module.MyLM, and not a file."""
     is_path = isinstance(value, str) and re.fullmatch(r"\w+(\.\w+)+", value) is not None
@@ -70,8 +76,7 @@ def named_classes(user_options: Iterable[Any]) -> dict[str, Any]:
 
 def _imported(path: str) -> Any:
     module_name, _, name = path.rpartition(".")
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())  # the installed command lacks it; last, so that no file there hides a library
+    find_modules_here()
     try:
         module = import_module(module_name)
     except UserError:

@@ -64,6 +64,8 @@ def read_start(
     config = checkpoint["config"]
     if data_class is not None and isinstance(config, dict):  # which class the checkpoint names does not matter then
         config = config | {"data_class": import_path(data_class)}
+    if not fits and isinstance(config, dict):  # they need no callback or plugin of the run
+        config = config | {"trainer": {}}
     config = validate_config(config, path, args, MODELS, DATA_MODULES)
     validate_sizes(checkpoint, MODELS)
     if data_class is not None:  # it may have fewer options than the checkpoint's

@@ -3,6 +3,7 @@
 import csv
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,19 @@ def test_a_summary_and_a_profile_are_printed(fit: Fit, caplog: pytest.LogCapture
     assert outcome.status == 0
     assert "Trainable params" in outcome.out + caplog.text  # Rich prints it, where it is installed
     assert "Profiler Report" in caplog.text
+
+
+def test_a_callback_of_the_users_own_is_found_and_only_fit_needs_it(
+    fit: Fit, minigpt: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "from lightning.pytorch import Callback\n\n\nclass Mine(Callback):\n    pass\n"
+    (tmp_path / "my_callbacks.py").write_text(module, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    assert fit("--trainer.callbacks", "my_callbacks.Mine").status == 0
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path != str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "my_callbacks")
+    (tmp_path / "my_callbacks.py").unlink()
+    for command in ("validate", "predict"):
+        outcome = minigpt(command, "--run_dir", tmp_path / "run", "--ckpt_path", "best")
+        assert outcome.status == 0, outcome.err
