@@ -136,6 +136,9 @@ def test_a_config_builds_no_foreign_class(minigpt: Call, trained: Path, tmp_path
         path = rewritten(trained, tmp_path / "bad.ckpt", lambda c, change=change: merge(c["config"], change))
         for args in (("fit", "--run_dir", tmp_path / "new"), ("predict",)):
             outcome = minigpt(*args, "--ckpt_path", path)
+            if args[0] == "predict" and "trainer" in change:  # it builds nothing of the run's trainer
+                assert outcome.status == 0, outcome.err
+                continue
             assert outcome.status == 2, outcome.err
             assert outcome.err.startswith("error: ")
             assert outcome.err.count("\n") == 1
