@@ -114,7 +114,8 @@ def test_a_wandb_logger_gets_losses_and_hyper_parameters(
     trainer_of: TrainerOf, data: TextDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
-    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    # With `mode` too: W&B reads the variable that offline=True sets once in a process, which other tests have done.
+    logger = WandbLogger(save_dir=tmp_path, offline=True, mode="offline")
     trainer_of(max_steps=4, val_check_interval=2, log_every_n_steps=2, logger=logger).fit(tiny(data), data)
     run: Any = logger.experiment
     assert {"train/loss", "val/loss", "lr"} <= set(dict(run.summary))
