@@ -180,13 +180,13 @@ def test_a_callback_of_the_users_own_is_found_and_only_fit_needs_it(
     fit: Fit, minigpt: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = "from lightning.pytorch import Callback\n\n\nclass Mine(Callback):\n    pass\n"
-    (tmp_path / "my_callbacks.py").write_text(module, "utf-8")
+    (tmp_path / "callbacks_of_mine.py").write_text(module, "utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [path for path in sys.path if path])
-    assert fit("--trainer.callbacks", "my_callbacks.Mine").status == 0
+    assert fit("--trainer.callbacks", "callbacks_of_mine.Mine").status == 0
     monkeypatch.setattr("sys.path", [path for path in sys.path if path != str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "my_callbacks")
-    (tmp_path / "my_callbacks.py").unlink()
+    del sys.modules["callbacks_of_mine"]
+    (tmp_path / "callbacks_of_mine.py").unlink()
     for command in ("validate", "predict"):
         outcome = minigpt(command, "--run_dir", tmp_path / "run", "--ckpt_path", "best")
         assert outcome.status == 0, outcome.err
