@@ -138,6 +138,8 @@ class LanguageModel(LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         self.running_means.to(self.device)
+        self.running_means.reset()
+        self._train_metrics = (-1, {})  # an earlier fit may have ended at the same step
         log_completed_steps(self.trainer)
 
     def on_train_start(self) -> None:
@@ -241,8 +243,8 @@ class LanguageModel(LightningModule, ABC):
         """Computes `eval_metrics` from the outputs of the evaluation that has just ended, and returns them."""
         if self._eval_outputs:
             outputs, self._eval_outputs = self._eval_outputs, []
-            mode = getattr(getattr(self.trainer, "datamodule", None), "config", None)
-            self.eval_metrics = eval_metrics(outputs, split, getattr(mode, "eval_mode", ""), self.trainer.strategy)
+            config = getattr(getattr(self.trainer, "datamodule", None), "config", None)
+            self.eval_metrics = eval_metrics(outputs, split, getattr(config, "eval_mode", ""), self.trainer.strategy)
         return self.eval_metrics
 
     def _log_eval(self, split: str) -> None:

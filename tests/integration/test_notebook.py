@@ -144,6 +144,15 @@ def test_train_loss_and_val_loss_can_be_monitored(trainer_of: TrainerOf, data: T
     assert Path(best.best_model_path).name == f"4-{trainer.callback_metrics['val/loss']:.2f}.ckpt"
 
 
+def test_a_second_fit_of_a_model_has_metrics_of_its_own(trainer_of: TrainerOf, data: TextDataModule) -> None:
+    model, losses = tiny(data), []
+    for _ in range(2):
+        trainer = trainer_of(max_steps=8, limit_val_batches=0, log_every_n_steps=8)
+        trainer.fit(model, data)
+        losses.append(trainer.callback_metrics["train/loss"].item())
+    assert losses[1] < losses[0]
+
+
 def test_an_epoch_reads_the_text_once(trainer_of: TrainerOf, data: TextDataModule) -> None:
     trainer = trainer_of(max_epochs=2)
     trainer.fit(tiny(data), data)
