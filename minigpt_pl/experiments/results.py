@@ -139,9 +139,9 @@ class Result:
 
         Runs with eval_mode sampled and both compare: the same estimator chooses their best evaluation.
         """
-        data = self.config["data"]
+        data, limit = self.config["data"], self.config["trainer"].get("limit_val_batches")
         estimator = ("full", data["max_eval_tokens"]) if data["eval_mode"] == "full" else ("sampled",)
-        return self.summary["data_sha256"], self.split_basis, data["train_frac"], data["test_frac"], *estimator
+        return self.summary["data_sha256"], self.split_basis, data["train_frac"], data["test_frac"], limit, *estimator
 
     def batch_protocol(self) -> tuple[Any, ...]:
         """What determines, with the seed, the batches of a run: equal seeds are pairs only if this is equal."""

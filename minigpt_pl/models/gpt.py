@@ -1,7 +1,7 @@
 """The two decoders, ClassicGPT and ModernGPT, and how their weights are initialised.
 
 Each is a short assembly of parts from `attention`, `blocks`, `moe` and `short_conv`. The sizes are in `config`. The
-loss is computed in `training.lit_modules`.
+loss is computed in `training.language_model`.
 
 Shapes: B batch, T positions, V vocabulary, C = n_embd.
 """

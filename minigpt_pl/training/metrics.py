@@ -1,6 +1,6 @@
 """What a run adds to the training metrics: tokens, speed, their state in a checkpoint, and an end when they diverge.
 
-The metrics themselves come from `lit_modules`; the files that they are written to are in `loggers`.
+The metrics themselves come from `language_model`; the files that they are written to are in `loggers`.
 """
 
 import math

@@ -1,6 +1,6 @@
 """How weights are updated: the optimizer's options, parameter groups, AdamW and Muon, the learning-rate schedule.
 
-The schedule is a pure function of the step. `lit_modules` hands it to Lightning.
+The schedule is a pure function of the step. `language_model` hands it to Lightning.
 """
 
 import math

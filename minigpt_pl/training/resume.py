@@ -50,10 +50,11 @@ def dropped_splits(checkpoint: dict[str, Any], max_steps: int) -> list[str]:
     return [split for split, every in intervals.items() if step % every]
 
 
-def eval_protocol(data: dict[str, Any], text_sha256: str) -> tuple[Any, ...]:
+def eval_protocol(config: dict[str, Any], text_sha256: str) -> tuple[Any, ...]:
     """What val/loss depends on besides the model: under another protocol, losses do not compare."""
+    data, limit = config["data"], config["trainer"].get("limit_val_batches")
     names = {"full": ("max_eval_tokens",), "sampled": ("eval_iters",), "both": ("eval_iters", "max_eval_tokens")}
-    return text_sha256, data["eval_mode"], *(data[name] for name in names[data["eval_mode"]])
+    return text_sha256, limit, data["eval_mode"], *(data[name] for name in names[data["eval_mode"]])
 
 
 def resume_state(
@@ -68,7 +69,7 @@ def resume_state(
         config: The new configuration.
         text_sha256: The hash of the text.
     """
-    steps, old_data = checkpoint["global_step"], checkpoint["config"]["data"]
+    steps = checkpoint["global_step"]
     states = {callback.state_key for callback in trainer.callbacks}
     if not resuming:  # a fork counts its own evaluations, but its weights have seen the parent's tokens
         states = {"TrainMetrics"}
@@ -76,8 +77,8 @@ def resume_state(
     if resuming and drops_last_eval(checkpoint, trainer.max_steps):
         for name in callbacks.keys() & {"ValLossEarlyStopping", "RunSummary"}:
             callbacks[name] = callbacks[name] | callbacks[name]["before_last_eval"]
-    old_protocol = eval_protocol(old_data, checkpoint["TextDataModule"]["text_sha256"])
-    if resuming and old_protocol != eval_protocol(config["data"], text_sha256):
+    old_protocol = eval_protocol(checkpoint["config"], checkpoint["TextDataModule"]["text_sha256"])
+    if resuming and old_protocol != eval_protocol(config, text_sha256):
         rank_zero_print("evaluations measure something else than before: best.ckpt and patience start again")
         for name in ("BestCheckpoint", "ValLossEarlyStopping"):
             callbacks.pop(name, None)

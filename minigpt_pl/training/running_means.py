@@ -1,6 +1,6 @@
 """Means of what each training step computes, kept on the device: reading a number would wait for it in every step.
 
-`lit_modules` adds to them and logs them; `metrics` saves them with a checkpoint.
+`language_model` adds to them and logs them; `metrics` saves them with a checkpoint.
 """
 
 from typing import Any

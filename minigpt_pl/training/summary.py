@@ -1,6 +1,6 @@
 """What a run leaves at its end: summary.json, and a short table for the terminal.
 
-Its values are measured by `lit_modules`, `metrics` and `checkpointing`; here they are only put together.
+Its values are measured by `language_model`, `metrics` and `checkpointing`; here they are only put together.
 """
 
 import json

@@ -112,9 +112,12 @@ def test_a_fast_dev_run_writes_nothing(fit: Fit, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_limits_change_what_an_evaluation_reads(fit: Fit, tmp_path: Path) -> None:
+def test_limits_change_what_an_evaluation_reads(fit: Fit, minigpt: Fit, tmp_path: Path) -> None:
     assert fit("--data.batch_size", 1, "--trainer.limit_val_batches", 1).status == 0
     limited = summary(tmp_path / "run")["best_val"]
+    resumed = minigpt("fit", "--run_dir", tmp_path / "run", "--ckpt_path", "last", "--trainer.max_steps", 7,
+                      "--trainer.limit_val_batches", 2)  # fmt: skip
+    assert "evaluations measure something else than before" in resumed.err
     assert fit("--data.batch_size", 1, "--run_dir", tmp_path / "whole").status == 0
     assert limited != summary(tmp_path / "whole")["best_val"]
 
