@@ -17,13 +17,14 @@ COMMANDS = {  # name: (module, what the command does); each module has run(comma
     "report": ("minigpt_pl.experiments.report", "write a report on the results of a study"),
     "baselines": ("minigpt_pl.cli.baselines", "score n-gram models and xz on a text"),
     "export": ("minigpt_pl.cli.export", "convert a checkpoint to a Hugging Face folder"),
+    "page": ("minigpt_pl.page.command", "write an HTML page that runs a model, or compares runs"),
     "doctor": ("minigpt_pl.cli.doctor", "check that training works on this machine"),
 }
 OTHER_NAMES = {  # words of other tools: the command that does this here
     "train": "fit", "pretrain": "fit", "finetune": "fit", "resume": "fit --run_dir DIR --ckpt_path last",
     "sample": "predict", "generate": "predict", "inference": "predict",
     "eval": "validate", "evaluate": "validate", "val": "validate",
-    "convert": "export", "sweep": "study", "check": "doctor",
+    "convert": "export", "view": "page", "visualize": "page", "html": "page", "sweep": "study", "check": "doctor",
 }  # fmt: skip
 HELP = "\n".join(
     [

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "training": {"runtime", "models", "data", "checkpoint", "generation"},
     "cli": {"runtime", "models", "data", "checkpoint", "generation", "training"},
     "experiments": {"runtime", "models", "data", "checkpoint", "generation", "training", "cli"},
+    "page": {"runtime", "models", "data", "checkpoint", "generation", "training", "cli"},
 }
 """The rooms, and which others each may import. __init__, __main__ and api stand above them."""
 

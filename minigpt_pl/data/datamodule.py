@@ -32,7 +32,7 @@ from minigpt_pl.data.token_cache import (
 from minigpt_pl.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
-from minigpt_pl.runtime.user_classes import register
+from minigpt_pl.runtime.user_classes import find_class, register
 
 EvalLoaders = DataLoader[EvalBatch] | list[DataLoader[EvalBatch]]
 
@@ -284,3 +284,9 @@ class TextDataModule(LightningDataModule):
 
 DATA_MODULES: dict[str, type[TextDataModule]] = {"TextDataModule": TextDataModule}
 """By class name, those of the user included."""
+
+
+def datamodule_of(config: dict[str, Any]) -> TextDataModule:
+    """The data of a run, from its configuration."""
+    cls: type[TextDataModule] = find_class(DATA_MODULES, config.get("data_class", "TextDataModule"), config)
+    return cls(**config["data"], block_size=config["model"]["init_args"]["block_size"])

@@ -28,11 +28,10 @@ from numpy.typing import NDArray
 
 from minigpt_pl.checkpoint.io import BEST_CKPT, read_checkpoint
 from minigpt_pl.cli.options import config_diff, option_name
-from minigpt_pl.data.datamodule import DATA_MODULES, TextDataModule
+from minigpt_pl.data.datamodule import TextDataModule, datamodule_of
 from minigpt_pl.generation.generate import SamplingConfig, generate
 from minigpt_pl.models.gpt import GPT, token_cross_entropy
 from minigpt_pl.runtime.atomic_io import METRICS_FILE, SUMMARY_FILE, atomic_write
-from minigpt_pl.runtime.user_classes import find_class
 from minigpt_pl.training.lit_modules import from_checkpoint
 
 RUNS_FILE, TOKEN_NLL_FILE = "runs.jsonl", "token_nll.npz"
@@ -190,12 +189,6 @@ def score(net: GPT, data: TextDataModule, seed: int) -> TokenNLL:
     starts = ends[batches.starts].astype(np.int32)
     compact = tokens.astype(np.min_scalar_type(tokens.max()))
     return TokenNLL(np.concatenate(nats), np.array([seed]), compact, starts, data.config.block_size)
-
-
-def datamodule_of(config: dict[str, Any]) -> TextDataModule:
-    """The text of a run."""
-    cls: type[TextDataModule] = find_class(DATA_MODULES, config.get("data_class", "TextDataModule"), config)
-    return cls(**config["data"], block_size=config["model"]["init_args"]["block_size"])
 
 
 def subsample_metrics(metrics: str) -> list[dict[str, str]]:

@@ -1,0 +1,151 @@
+// The layers of a model on Float32Array, row by row: products, norms, activations, rotary positions.
+// How a model puts them together is in model.js.
+
+// y (T, O) = x (T, I) times the transposed matrix w (O, I), plus the bias. Tiles of four rows and two outputs share
+// what they read. (Sums in float32, by Math.fround, would be slower.)
+export function linear(x, T, I, w, O, bias, y) {
+  let t = 0;
+  for (; t + 4 <= T; t += 4) {
+    const x0 = t * I, x1 = x0 + I, x2 = x1 + I, x3 = x2 + I;
+    for (let o = 0; o < O; o += 2) {
+      const two = o + 1 < O, u0 = o * I, v0 = two ? u0 + I : u0;
+      let a0 = bias ? bias[o] : 0, a1 = a0, a2 = a0, a3 = a0;
+      let b0 = bias && two ? bias[o + 1] : 0, b1 = b0, b2 = b0, b3 = b0;
+      for (let i = 0; i < I; i++) {
+        const u = w[u0 + i], v = w[v0 + i];
+        const p = x[x0 + i], q = x[x1 + i], r = x[x2 + i], s = x[x3 + i];
+        a0 += p * u;
+        a1 += q * u;
+        a2 += r * u;
+        a3 += s * u;
+        b0 += p * v;
+        b1 += q * v;
+        b2 += r * v;
+        b3 += s * v;
+      }
+      const y0 = t * O + o;
+      y[y0] = a0;
+      y[y0 + O] = a1;
+      y[y0 + 2 * O] = a2;
+      y[y0 + 3 * O] = a3;
+      if (!two) continue;
+      y[y0 + 1] = b0;
+      y[y0 + O + 1] = b1;
+      y[y0 + 2 * O + 1] = b2;
+      y[y0 + 3 * O + 1] = b3;
+    }
+  }
+  for (; t < T; t++) linearRow(x, t * I, I, w, O, bias, y, t * O);
+}
+
+// One row: four outputs share each input that is read.
+function linearRow(x, xAt, I, w, O, bias, y, yAt) {
+  let o = 0;
+  for (; o + 4 <= O; o += 4) {
+    const w0 = o * I, w1 = w0 + I, w2 = w1 + I, w3 = w2 + I;
+    let a0 = 0, a1 = 0, a2 = 0, a3 = 0;
+    for (let i = 0; i < I; i++) {
+      const value = x[xAt + i];
+      a0 += value * w[w0 + i];
+      a1 += value * w[w1 + i];
+      a2 += value * w[w2 + i];
+      a3 += value * w[w3 + i];
+    }
+    y[yAt + o] = bias ? a0 + bias[o] : a0;
+    y[yAt + o + 1] = bias ? a1 + bias[o + 1] : a1;
+    y[yAt + o + 2] = bias ? a2 + bias[o + 2] : a2;
+    y[yAt + o + 3] = bias ? a3 + bias[o + 3] : a3;
+  }
+  for (; o < O; o++) {
+    let a = bias ? bias[o] : 0;
+    for (let i = 0; i < I; i++) a += x[xAt + i] * w[o * I + i];
+    y[yAt + o] = a;
+  }
+}
+
+// LayerNorm with a bias, RMSNorm without one; x and y (T, C).
+export function norm(kind, x, T, C, weight, bias, eps, y) {
+  for (let t = 0; t < T; t++) {
+    const at = t * C;
+    let mean = 0, square = 0;
+    if (kind === "layer") {
+      for (let c = 0; c < C; c++) mean += x[at + c];
+      mean /= C;
+    }
+    for (let c = 0; c < C; c++) square += (x[at + c] - mean) ** 2;
+    const scale = 1 / Math.sqrt(square / C + eps);
+    for (let c = 0; c < C; c++) y[at + c] = (x[at + c] - mean) * scale * weight[c] + (bias ? bias[c] : 0);
+  }
+}
+
+// Error function by Abramowitz & Stegun 7.1.26; its error is below 2e-7.
+function erf(x) {
+  const t = 1 / (1 + 0.3275911 * Math.abs(x));
+  const poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))));
+  return Math.sign(x) * (1 - poly * Math.exp(-x * x));
+}
+
+export function geluInPlace(x, approximation) {
+  for (let i = 0; i < x.length; i++) {
+    const v = x[i];
+    const inner = approximation === "tanh"
+      ? Math.tanh(Math.sqrt(2 / Math.PI) * (v + 0.044715 * v * v * v)) : erf(v / Math.SQRT2);
+    x[i] = 0.5 * v * (1 + inner);
+  }
+}
+
+// silu(gate) * up of (T, 2 F), gate first -> (T, F).
+export function swiglu(gateUp, T, F, y) {
+  for (let t = 0; t < T; t++) {
+    for (let f = 0; f < F; f++) {
+      const gate = gateUp[t * 2 * F + f];
+      y[t * F + f] = (gate / (1 + Math.exp(-gate))) * gateUp[t * 2 * F + F + f];
+    }
+  }
+}
+
+// Cosines and sines (positions, D / 2), rounded as float32 computes them.
+export function rotaryTables(positions, D, theta) {
+  const cos = new Float32Array((positions * D) / 2), sin = new Float32Array((positions * D) / 2);
+  for (let p = 0; p < positions; p++) {
+    for (let i = 0; i < D / 2; i++) {
+      const angle = Math.fround(p * Math.fround(theta ** ((-2 * i) / D)));
+      cos[(p * D) / 2 + i] = Math.cos(angle);
+      sin[(p * D) / 2 + i] = Math.sin(angle);
+    }
+  }
+  return { cos, sin };
+}
+
+// Rotates the H heads of width D that begin at x[at], for one position, in the half-split layout.
+export function rotate(x, at, H, D, tables, position) {
+  const half = D / 2, row = position * half;
+  for (let h = 0; h < H; h++) {
+    const head = at + h * D;
+    for (let i = 0; i < half; i++) {
+      const a = x[head + i], b = x[head + half + i];
+      const cos = tables.cos[row + i], sin = tables.sin[row + i];
+      x[head + i] = a * cos - b * sin;
+      x[head + half + i] = b * cos + a * sin;
+    }
+  }
+}
+
+export function softmaxInPlace(x, start = 0, end = x.length) {
+  let max = -Infinity, sum = 0;
+  for (let i = start; i < end; i++) max = Math.max(max, x[i]);
+  for (let i = start; i < end; i++) sum += x[i] = Math.exp(x[i] - max);
+  for (let i = start; i < end; i++) x[i] /= sum;
+}
+
+// Indices of the k largest values of x[start, end), the largest first; of equal values the first.
+export function largest(x, k, start = 0, end = x.length) {
+  const best = [];
+  for (let i = start; i < end; i++) {
+    if (best.length === k && !(x[i] > x[start + best[k - 1]])) continue;
+    let at = best.length < k ? best.length : k - 1;
+    for (; at > 0 && x[i] > x[start + best[at - 1]]; at--) best[at] = best[at - 1];
+    best[at] = i - start;
+  }
+  return best;
+}
