@@ -15,7 +15,7 @@ from minigpt_pl.__main__ import main
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
 
-pytest_plugins = ["benchmarks.plugin"]
+pytest_plugins = ["benchmarks.plugin", "support.browser"]
 PROJECT = Path(__file__).parents[1]
 TINY = ("-c", "smoke", "--wandb", "null", "--samples", "null", "--data.train_frac", "0.98")
 """Options of a fit that takes less than a second: a larger part to check on would take most of it."""

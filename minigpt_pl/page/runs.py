@@ -106,9 +106,7 @@ def results(metrics: dict[str, dict[str, list[Any]]], summary: dict[str, Any]) -
     step = max(steps, default=0)
     ended = summary.get("total_steps", -1) >= step
     columns, rows = metrics["val"]["columns"], metrics["val"]["rows"]
-    result: dict[str, Any] = {
-        "state": summary.get("stop_reason") if ended else "training, or stopped without a summary"
-    }
+    result: dict[str, Any] = {"state": summary.get("stop_reason") if ended else "not ended"}
     result["step"] = step
     if "val/loss" in columns:
         loss = columns.index("val/loss")

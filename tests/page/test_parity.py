@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.browser import browser, opened
+from support.browser import opened
 from support.tiny_models import VOCAB, lively, redraw, some_ids
 
 from minigpt_pl.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
@@ -16,7 +16,6 @@ from minigpt_pl.models.gpt import GPT
 from minigpt_pl.page.build import render_page
 from minigpt_pl.page.models import model_spec, packed_weights, tokenizer_spec
 
-__all__ = ["browser"]
 LENGTH = 200
 TO_TORCH, TO_ROUNDED = 2e-2, 1e-4  # largest difference of a logit: of float16 weights, and on the same weights
 

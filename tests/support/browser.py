@@ -19,7 +19,7 @@ def program() -> str | None:
     return next((path for path in map(shutil.which, PROGRAMS) if path), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while Playwright runs, asyncio cannot be used
 def browser() -> Iterator[Any]:
     """A browser without windows."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
@@ -35,7 +35,10 @@ def browser() -> Iterator[Any]:
 def opened(browser: Any, address: Path | str, **options: Any) -> Iterator[Any]:
     """A tab that shows a file or an address; at the end there were no errors and no request to elsewhere."""
     url = address.as_uri() if isinstance(address, Path) else address
+    script = options.pop("init_script", None)
     tab = browser.new_page(**{"viewport": WIDE, **options})
+    if script:
+        tab.add_init_script(script)
     problems: list[str] = []
     tab.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
     tab.on("pageerror", lambda error: problems.append(str(error)))

@@ -4,13 +4,13 @@
 // y (T, O) = x (T, I) times the transposed matrix w (O, I), plus the bias. Tiles of four rows and two outputs share
 // what they read. (Sums in float32, by Math.fround, would be slower.)
 export function linear(x, T, I, w, O, bias, y) {
-  let t = 0;
-  for (; t + 4 <= T; t += 4) {
+  const tiled = T - (T % 4), even = O - (O % 2);
+  for (let t = 0; t < tiled; t += 4) {
     const x0 = t * I, x1 = x0 + I, x2 = x1 + I, x3 = x2 + I;
-    for (let o = 0; o < O; o += 2) {
-      const two = o + 1 < O, u0 = o * I, v0 = two ? u0 + I : u0;
-      let a0 = bias ? bias[o] : 0, a1 = a0, a2 = a0, a3 = a0;
-      let b0 = bias && two ? bias[o + 1] : 0, b1 = b0, b2 = b0, b3 = b0;
+    const y0 = t * O, y1 = y0 + O, y2 = y1 + O, y3 = y2 + O;
+    for (let o = 0; o < even; o += 2) {
+      const u0 = o * I, v0 = u0 + I;
+      let a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
       for (let i = 0; i < I; i++) {
         const u = w[u0 + i], v = w[v0 + i];
         const p = x[x0 + i], q = x[x1 + i], r = x[x2 + i], s = x[x3 + i];
@@ -23,24 +23,25 @@ export function linear(x, T, I, w, O, bias, y) {
         b2 += r * v;
         b3 += s * v;
       }
-      const y0 = t * O + o;
-      y[y0] = a0;
-      y[y0 + O] = a1;
-      y[y0 + 2 * O] = a2;
-      y[y0 + 3 * O] = a3;
-      if (!two) continue;
-      y[y0 + 1] = b0;
-      y[y0 + O + 1] = b1;
-      y[y0 + 2 * O + 1] = b2;
-      y[y0 + 3 * O + 1] = b3;
+      y[y0 + o] = a0;
+      y[y1 + o] = a1;
+      y[y2 + o] = a2;
+      y[y3 + o] = a3;
+      y[y0 + o + 1] = b0;
+      y[y1 + o + 1] = b1;
+      y[y2 + o + 1] = b2;
+      y[y3 + o + 1] = b3;
     }
+    if (even < O) for (let row = t; row < t + 4; row++) linearRow(x, row, I, w, O, even, y);
   }
-  for (; t < T; t++) linearRow(x, t * I, I, w, O, bias, y, t * O);
+  for (let t = tiled; t < T; t++) linearRow(x, t, I, w, O, 0, y);
+  if (bias) for (let t = 0; t < T; t++) for (let o = 0; o < O; o++) y[t * O + o] += bias[o];
 }
 
-// One row: four outputs share each input that is read.
-function linearRow(x, xAt, I, w, O, bias, y, yAt) {
-  let o = 0;
+// One row, from output `first` on: four outputs share each input that is read.
+function linearRow(x, t, I, w, O, first, y) {
+  const xAt = t * I, yAt = t * O;
+  let o = first;
   for (; o + 4 <= O; o += 4) {
     const w0 = o * I, w1 = w0 + I, w2 = w1 + I, w3 = w2 + I;
     let a0 = 0, a1 = 0, a2 = 0, a3 = 0;
@@ -51,15 +52,48 @@ function linearRow(x, xAt, I, w, O, bias, y, yAt) {
       a2 += value * w[w2 + i];
       a3 += value * w[w3 + i];
     }
-    y[yAt + o] = bias ? a0 + bias[o] : a0;
-    y[yAt + o + 1] = bias ? a1 + bias[o + 1] : a1;
-    y[yAt + o + 2] = bias ? a2 + bias[o + 2] : a2;
-    y[yAt + o + 3] = bias ? a3 + bias[o + 3] : a3;
+    y[yAt + o] = a0;
+    y[yAt + o + 1] = a1;
+    y[yAt + o + 2] = a2;
+    y[yAt + o + 3] = a3;
   }
   for (; o < O; o++) {
-    let a = bias ? bias[o] : 0;
+    let a = 0;
     for (let i = 0; i < I; i++) a += x[xAt + i] * w[o * I + i];
     y[yAt + o] = a;
+  }
+}
+
+// One head at one position: scores of the query q[qAt] with the first `count` keys, which become weights; then the
+// weighted sum of the values goes to y[yAt]. Keys and values of a position stand C apart, D belong to this head.
+export function attendHead(q, qAt, keys, values, headAt, C, D, count, scores, y, yAt) {
+  const scale = 1 / Math.sqrt(D);
+  for (let j = 0; j < count; j++) {
+    const k = j * C + headAt;
+    let score = 0;
+    for (let d = 0; d < D; d++) score += q[qAt + d] * keys[k + d];
+    scores[j] = score * scale;
+  }
+  softmaxInPlace(scores, 0, count);
+  let d = 0;
+  for (; d + 4 <= D; d += 4) {
+    let a0 = 0, a1 = 0, a2 = 0, a3 = 0;
+    for (let j = 0, v = headAt + d; j < count; j++, v += C) {
+      const weight = scores[j];
+      a0 += weight * values[v];
+      a1 += weight * values[v + 1];
+      a2 += weight * values[v + 2];
+      a3 += weight * values[v + 3];
+    }
+    y[yAt + d] = a0;
+    y[yAt + d + 1] = a1;
+    y[yAt + d + 2] = a2;
+    y[yAt + d + 3] = a3;
+  }
+  for (; d < D; d++) {
+    let a = 0;
+    for (let j = 0; j < count; j++) a += scores[j] * values[j * C + headAt + d];
+    y[yAt + d] = a;
   }
 }
 

@@ -1,6 +1,6 @@
 // The forward pass of every kind of model, with a cache of keys and values; it knows ids, not text.
 // The layers are in layers.js. The reference is minigpt_pl/models; tests/page compares the two.
-import { geluInPlace, largest, linear, norm, rotaryTables, rotate, softmaxInPlace, swiglu } from "./layers.js";
+import { attendHead, geluInPlace, largest, linear, norm, rotaryTables, rotate, softmaxInPlace, swiglu } from "./layers.js";
 
 // What the layers have computed for the positions of a window: keys, values, and the inputs of short convolutions.
 export class Cache {
@@ -99,7 +99,7 @@ export class Model {
   }
 
   attention(name, x, T, layer, first, trace) {
-    const { n_embd: C, n_head: H } = this.spec, D = C / H, scale = 1 / Math.sqrt(D);
+    const { n_embd: C, n_head: H } = this.spec, D = C / H;
     const qkv = this.linear(`${name}.qkv`, x, T, C, 3 * C);
     const mixed = new Float32Array(T * C), scores = new Float32Array(first + T), heads = [];
     for (let t = 0; t < T; t++) {
@@ -108,17 +108,7 @@ export class Model {
       layer.keys.set(qkv.subarray(at + C, at + 2 * C), position * C);
       layer.values.set(qkv.subarray(at + 2 * C, at + 3 * C), position * C);
       for (let h = 0; h < H; h++) {
-        const q = at + h * D, out = t * C + h * D;
-        for (let j = 0; j <= position; j++) {
-          let score = 0;
-          for (let d = 0, k = j * C + h * D; d < D; d++) score += qkv[q + d] * layer.keys[k + d];
-          scores[j] = score * scale;
-        }
-        softmaxInPlace(scores, 0, position + 1);
-        for (let j = 0; j <= position; j++) {
-          const weight = scores[j];
-          for (let d = 0, v = j * C + h * D; d < D; d++) mixed[out + d] += weight * layer.values[v + d];
-        }
+        attendHead(qkv, at + h * D, layer.keys, layer.values, h * D, C, D, position + 1, scores, mixed, t * C + h * D);
         if (trace && t === T - 1) heads.push(scores.slice(0, position + 1));
       }
     }

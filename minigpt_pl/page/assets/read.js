@@ -5,7 +5,7 @@ import { button, choice, clear, el, percent, tokenName } from "./dom.js";
 import { Reading } from "./reading.js";
 import { TextView } from "./text_view.js";
 
-const PAGE_TOKENS = 2048;
+const PAGE_TOKENS = 1024;
 const NGRAM_ORDER = 5;
 const ENTROPY_SCALE = 4;
 

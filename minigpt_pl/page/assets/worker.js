@@ -9,7 +9,9 @@ const SHOWN = 10;  // likeliest tokens that are kept for a position
 const COPIED_LENGTH = 20;
 const SLICE_MS = 40;  // generation looks for other messages after each slice
 const models = [];
-let train = "", alphabetSize = 1, copyFinder = null, generation = 0, traced = null;
+let train = "", alphabetSize = 1, copyFinder = null, generation = 0, writing = 0, traced = null;
+
+const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 function likeliest(logits, target) {
   const probabilities = Float32Array.from(logits);
@@ -36,7 +38,8 @@ const answers = {
   },
 
   // One window: how the model predicted each of its targets, and which experts read each input.
-  read({ model, ids, targets }) {
+  async read({ model, ids, targets }) {
+    while (writing) await pause(SLICE_MS);  // a user waits for the text that is written
     const net = models[model];
     net.takeRoutes();
     const x = net.read(ids, new Cache(net.spec));
@@ -82,15 +85,20 @@ const answers = {
     for (let i = 0; i < skip; i++) source.next();
     const stream = generate(models[model], prompt, sampling, source), began = performance.now();
     let done = 0;
-    while (done < count && mine === generation) {
-      const batch = [], start = performance.now();
-      while (done < count && performance.now() - start < SLICE_MS) {
-        const { id: token, logits } = stream.next().value;
-        batch.push({ id: token, ...likeliest(logits, token) });
-        done++;
+    writing++;
+    try {
+      while (done < count && mine === generation) {
+        const batch = [], start = performance.now();
+        while (done < count && performance.now() - start < SLICE_MS) {
+          const { id: token, logits } = stream.next().value;
+          batch.push({ id: token, ...likeliest(logits, token) });
+          done++;
+        }
+        postMessage({ id, part: batch });
+        await pause(0);
       }
-      postMessage({ id, part: batch });
-      await new Promise((resolve) => setTimeout(resolve, 0));
+    } finally {
+      writing--;
     }
     return { tokensPerSecond: (1000 * done) / (performance.now() - began), stopped: mine !== generation };
   },
