@@ -8,11 +8,13 @@ from pathlib import Path
 
 import configuration_page
 import learning_curve
+import page_example
 import pytest
 import yaml
 from conftest import PROJECT, TINY, Outcome
 
 from minigpt_pl.data.baselines import compute_baselines
+from minigpt_pl.page.build import render_page
 
 PAGES = sorted(PROJECT.glob("docs/*.md"))
 README = PROJECT / "README.md"
@@ -98,19 +100,29 @@ def test_export_and_baselines_run(minigpt: Callable[..., Outcome], trained: Path
     """And every other command that neither trains nor needs a parser of its own."""
     for number, (_, command) in enumerate(COMMANDS):
         args = minigpt_args(command)
-        if not args or args[0] in NOT_RUN:
+        if not args or args[0] in NOT_RUN or "--serve" in args:
             continue
         replaced = {
             "--run_dir": trained / "run",
             "--ckpt_path": trained / "run" / "best.ckpt",
+            "--compare": trained / "run" / "best.ckpt",
             "--out": tmp_path / str(number),
             "--data.path": trained / "my.txt",
         }
         for option, path in replaced.items():
             if option in args:
                 args[args.index(option) + 1] = str(path)
+        args = [str(trained) if arg == "runs" else arg for arg in args]
         result = minigpt(*args)
         assert result.status == 0, f"{command}: {result.err}"
+
+
+def test_the_example_page_has_the_present_scripts() -> None:
+    """`python docs/build/page_example.py` puts it together again."""
+    page = page_example.PAGE.read_text("utf-8")
+    assert page == render_page(*page_example.parts(page))
+    assert len(page) < 3e6
+    assert not re.search(r"/(home|work|tmp|root|Users)/", json.dumps(page_example.parts(page)[0]["runs"]))
 
 
 def test_study_commands_name_studies_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
