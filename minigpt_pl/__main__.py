@@ -17,6 +17,8 @@ COMMANDS = {  # name: (module, what the command does); each module has run(comma
     "report": ("minigpt_pl.experiments.report", "write a report on the results of a study"),
     "baselines": ("minigpt_pl.cli.baselines", "score n-gram models and xz on a text"),
     "export": ("minigpt_pl.cli.export", "convert a checkpoint to a Hugging Face folder"),
+    "chat": ("minigpt_pl.cli.chat", "write with a model in the terminal, line by line"),
+    "copies": ("minigpt_pl.cli.copies", "how much of what a model writes stands in its training text"),
     "page": ("minigpt_pl.page.command", "write an HTML page that runs a model, or compares runs"),
     "doctor": ("minigpt_pl.cli.doctor", "check that training works on this machine"),
 }

@@ -13,15 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from minigpt_pl.checkpoint.io import read_checkpoint
-from minigpt_pl.data.datasets import EvalDataset
 from minigpt_pl.data.tokenizer import Tokenizer, load_tokenizer
 from minigpt_pl.generation.generate import SamplingConfig
 from minigpt_pl.generation.generate import generate as generate_ids
-from minigpt_pl.models.gpt import GPT, token_cross_entropy
+from minigpt_pl.models.gpt import GPT
+from minigpt_pl.training.evaluation import token_nats
 from minigpt_pl.training.lit_modules import from_checkpoint
 
 
@@ -61,7 +58,6 @@ def generate(loaded: LoadedModel, prompt: str = "", **sampling: Any) -> list[str
     return [loaded.tokenizer.decode(list(stream)) for stream in zip(*steps, strict=True)]
 
 
-@torch.inference_mode()
 def score(loaded: LoadedModel, text: str) -> list[tuple[str, float]]:
     """Each token of a text with its negative log-likelihood in nats; the first token has no context and is left out.
 
@@ -74,12 +70,6 @@ def score(loaded: LoadedModel, text: str) -> list[tuple[str, float]]:
     Raises:
         UserError: If the text has characters that the vocabulary lacks.
     """
-    ids, size = loaded.tokenizer.encode(text), loaded.model.block_size
-    device = loaded.model.token_embedding.weight.device
-    starts = np.arange(0, len(ids) - 1, size)
-    batches = EvalDataset(ids, loaded.tokenizer.token_lengths, size, 16, starts)
-    nats: list[float] = []
-    for batch in (batches[i] for i in range(len(batches))):
-        losses = token_cross_entropy(loaded.model(batch.inputs.to(device))[0], batch.targets.to(device)).cpu()
-        nats += losses[batch.targets >= 0].tolist()
-    return [(loaded.tokenizer.vocabulary[i], nat) for i, nat in zip(ids[1:].tolist(), nats, strict=True)]
+    ids, vocabulary = loaded.tokenizer.encode(text), loaded.tokenizer.vocabulary
+    nats = token_nats(loaded.model, ids, loaded.tokenizer.token_lengths)
+    return [(vocabulary[i], nat) for i, nat in zip(ids[1:].tolist(), nats, strict=True)]

@@ -5,8 +5,8 @@ Nothing heavy is imported here: the handlers are set before torch is loaded. Who
 
 import os
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from minigpt_pl.runtime.errors import is_rank_zero
@@ -62,3 +62,13 @@ def defer(wanted: bool) -> None:
     """While `wanted`, the first signal is only recorded, and a second one ends the process."""
     global pending_signal, deferring
     pending_signal, deferring = None, wanted
+
+
+@contextmanager
+def keyboard_interrupts() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt in it, for a command that continues afterwards."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -6,11 +6,14 @@ The steps are in `language_model`; which windows they read is decided in the dat
 import math
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from minigpt_pl.models.gpt import GPT
+from minigpt_pl.data.datasets import EvalDataset
+from minigpt_pl.models.gpt import GPT, token_cross_entropy
 
 MAX_LOAD_METRICS = 30  # with two more about experts this is what one panel can show
 EvalOutputs = list[tuple[Tensor, Tensor]]
@@ -80,3 +83,21 @@ def expert_metrics(net: GPT) -> dict[str, float]:
     if len(loads) > MAX_LOAD_METRICS:
         loads = {"moe/load_max": shares.max().item(), "moe/load_min": shares.min().item()}
     return metrics | loads
+
+
+@torch.inference_mode()
+def token_nats(model: GPT, ids: NDArray[np.integer], token_lengths: NDArray[np.int64]) -> list[float]:
+    """The negative log-likelihood in nats of each token but the first, in the windows of a full evaluation.
+
+    Args:
+        model: In eval mode.
+        ids: Token ids (N,).
+        token_lengths: Characters and bytes of each token of the vocabulary, (V, 2).
+    """
+    size, device = model.block_size, model.token_embedding.weight.device
+    batches = EvalDataset(ids, token_lengths, size, 16, np.arange(0, len(ids) - 1, size))
+    nats: list[float] = []
+    for batch in (batches[i] for i in range(len(batches))):
+        losses = token_cross_entropy(model(batch.inputs.to(device))[0], batch.targets.to(device)).cpu()
+        nats += losses[batch.targets >= 0].tolist()
+    return nats
