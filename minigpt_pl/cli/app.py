@@ -9,7 +9,6 @@ import argparse
 import re
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -25,6 +24,7 @@ from minigpt_pl.cli.export import export_note
 from minigpt_pl.cli.prompts import PredictConfig, encode_prompts
 from minigpt_pl.cli.start import changes, find_start, path_option, read_start
 from minigpt_pl.data.datamodule import TextDataModule
+from minigpt_pl.data.sources import find_files
 from minigpt_pl.generation.generate import SamplingConfig
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
@@ -180,7 +180,7 @@ class MiniGPTCLI(LightningCLI):
             state = self.checkpoint["TextDataModule"]
             data.load_state_dict({**state, "step": self.checkpoint["global_step"]})
             named = any(option.name == "data.path" for option in self.user_options)
-            if not named and Path(state["text_path"]).is_file():
+            if not named and all(path.is_file() for path in find_files(state["text_path"])):
                 data.path = state["text_path"]  # the run's relative path was relative to another directory
         if self.fits:
             errors.check_memory(self.resolved, data.vocab_size)

@@ -6,6 +6,7 @@ The command line reads its `--data` options from here.
 from dataclasses import dataclass
 from typing import Literal
 
+from minigpt_pl.data.sources import SplitMode, TextPath
 from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.runtime.ranges import Fraction, NonNegativeInt, OpenUnitInterval, PositiveInt, Seed, check_ranges
 
@@ -18,13 +19,16 @@ class DataConfig:
     """Options of a TextDataModule.
 
     Args:
-        path: The text file, in UTF-8; a relative path is looked up in the working directory, then in the shipped files.
+        path: The text in UTF-8: a file, a directory, a glob, or a list of such. Files are read in sorted order. A
+            relative path is looked up in the working directory, then in the shipped files.
         block_size: Tokens in a window.
         batch_size: Windows in a micro-batch, over all devices.
         eval_every: Optimizer steps between evaluations.
         seed: Seed of the windows.
         train_frac: Share of the text, from the start, to train on.
         test_frac: Share of the text, from the end, that only `test` reads.
+        split: How several files are split: joint cuts them as one text, joined by newlines; per_file cuts each file by
+            itself, and no window runs over two files.
         split_unit: What these shares count: characters; or tokens, and then tokenizers validate on different text.
         tokenizer: char for characters, bpe for byte-pair encoding.
         bpe_vocab_size: Largest vocabulary of the bpe tokenizer.
@@ -45,13 +49,14 @@ class DataConfig:
         UserError: If a value is out of its range.
     """
 
-    path: str
+    path: TextPath
     block_size: PositiveInt
     batch_size: PositiveInt
     eval_every: PositiveInt
     seed: Seed = 0
     train_frac: OpenUnitInterval = 0.9
     test_frac: Fraction = 0.0
+    split: SplitMode = "joint"
     split_unit: Literal["characters", "tokens"] = "characters"
     tokenizer: Literal["char", "bpe"] = "char"
     bpe_vocab_size: PositiveInt = 512
@@ -72,3 +77,7 @@ class DataConfig:
             problem = f"with data.test_frac {self.test_frac}, nothing is left to validate on"
             remedy = "use a smaller share for either"
             raise UserError(problem, option="data.train_frac", value=self.train_frac, remedy=remedy)
+        if self.split == "per_file" and (self.split_unit == "tokens" or self.bpe_across_lines):
+            other = "split_unit tokens" if self.split_unit == "tokens" else "bpe_across_lines true"
+            remedy = f"leave out data.{other}"
+            raise UserError(f"it does not work with data.{other}", option="data.split", value="per_file", remedy=remedy)

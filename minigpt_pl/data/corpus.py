@@ -1,14 +1,16 @@
-"""Reads a text file: UTF-8 without BOM, CRLF turned into LF, in chunks, each chunk within one split.
+"""Reads text files: UTF-8 without BOM, CRLF turned into LF, in chunks, each chunk within one split.
 
-Every problem with the file itself is reported here. How characters become tokens is in `tokenizer` and `token_cache`.
+Several files are one text, joined by a newline each. Every problem with a file itself is reported here. Which files
+there are is in `sources`; how characters become tokens is in `tokenizer` and `token_cache`.
 """
 
 import codecs
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +33,7 @@ class TextStats:
     characters: int
     bytes: int
     alphabet: str
+    file_characters: Sequence[int]  # of each file, without the newlines between them
 
 
 def text_error(path: Path, problem: str, remedy: str = "name a text file") -> UserError:
@@ -79,10 +82,18 @@ def _decode(path: Path, file: BinaryIO, bar: tqdm) -> Iterator[str]:
         bar.update(len(data))
 
 
-def iter_split_chunks(path: Path, ends: list[int], progress: str) -> Iterator[tuple[int, str]]:
+def iter_joined_chunks(files: Sequence[Path], progress: str) -> Iterator[str]:
+    """The chunks of all files, with a newline between two files; raises as `iter_chunks`."""
+    for number, path in enumerate(files):
+        if number:
+            yield "\n"
+        yield from iter_chunks(path, progress)
+
+
+def iter_split_chunks(files: Sequence[Path], ends: Sequence[int], progress: str) -> Iterator[tuple[int, str]]:
     """Chunks of the text with the index of their split; split i ends at character `ends[i]`."""
     position, split, last = 0, 0, len(ends) - 1
-    for chunk in iter_chunks(path, progress):
+    for chunk in iter_joined_chunks(files, progress):
         while chunk:
             while split < last and position >= ends[split]:
                 split += 1
@@ -95,33 +106,38 @@ def code_points(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
-def read_stats(path: Path, cache: Path) -> TextStats:
-    """Reads the whole text; the result is kept in `cache`, if possible, until the file's size, times or inode change.
+def read_stats(files: Sequence[Path], cache: Path) -> TextStats:
+    """Reads the whole text; the result is kept in `cache`, if possible, until a file's size, times or inode change.
 
     Raises:
         UserError: As `iter_chunks`, and if the text is empty or blank.
     """
     entry = None
     with suppress(OSError):
-        stat = path.stat()
-        key = f"{path.resolve()}/{stat.st_size}/{stat.st_mtime_ns}/{stat.st_ctime_ns}/{stat.st_ino}"
+        stats = [(path.resolve(), path.stat()) for path in files]
+        key = "/".join(f"{p}/{s.st_size}/{s.st_mtime_ns}/{s.st_ctime_ns}/{s.st_ino}" for p, s in stats)
         entry = cache / f"text-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         with suppress(ValueError, TypeError):  # a damaged entry
             return TextStats(**json.loads(entry.read_text("utf-8")))
 
-    digest, characters, size, blank = hashlib.sha256(), 0, 0, True
-    seen = np.zeros(0x110000, bool)  # by code point
-    for chunk in iter_chunks(path, "reading the text"):
-        data = chunk.encode()
-        digest.update(data)
-        characters, size, blank = characters + len(chunk), size + len(data), blank and chunk.isspace()
-        seen[code_points(chunk)] = True
+    digest, size, blank = hashlib.sha256(), 0, True
+    seen, lengths = np.zeros(0x110000, bool), []  # by code point
+    for number, path in enumerate(files):
+        characters = 0
+        for part, chunk in enumerate(chain(["\n"] if number else [""], iter_chunks(path, "reading the text"))):
+            data = chunk.encode()
+            digest.update(data)
+            size, blank = size + len(data), blank and (chunk.isspace() or not chunk)
+            characters += len(chunk) if part else 0
+            seen[code_points(chunk)] = True
+        lengths.append(characters)
+    characters = sum(lengths) + len(files) - 1
     if blank:
         problem = f"it has {characters} characters, all white space" if characters else "it is empty"
-        raise text_error(path, problem, "name another text file")
-    stats = TextStats(digest.hexdigest(), characters, size, "".join(map(chr, np.flatnonzero(seen))))
+        raise text_error(files[0], problem, "name another text file")
+    found = TextStats(digest.hexdigest(), characters, size, "".join(map(chr, np.flatnonzero(seen))), lengths)
     if entry is not None:
         with suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
-            atomic_write(entry, json.dumps(asdict(stats)).encode())
-    return stats
+            atomic_write(entry, json.dumps(asdict(found)).encode())
+    return found

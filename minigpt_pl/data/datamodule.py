@@ -19,12 +19,12 @@ from minigpt_pl.data import datasets
 from minigpt_pl.data.config import DataConfig
 from minigpt_pl.data.corpus import TextStats, read_stats, text_error
 from minigpt_pl.data.datasets import Batch, EvalBatch, EvalDataset
+from minigpt_pl.data.sources import TextPath, cut, find_files
 from minigpt_pl.data.token_cache import (
     SPLITS,
     MemmapTokens,
-    TokenArray,
+    SplitTokens,
     cache_dir,
-    split_ends,
     tokenize,
     tokenize_first,
     train_bpe,
@@ -42,7 +42,7 @@ class TokenizedText(NamedTuple):
 
     stats: TextStats
     tokenizer: Tokenizer
-    tokens: dict[str, TokenArray]
+    tokens: dict[str, SplitTokens]
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -81,7 +81,7 @@ class TextDataModule(LightningDataModule):
         return {
             "tokenizer": self.tokenizer.dump(),
             "tokenizer_sha256": self.tokenizer.sha256,
-            "text_path": str(self.resolve_path().resolve()),
+            "text_path": self.absolute_path(),
             "text_sha256": self.text_stats.sha256,
         }
 
@@ -113,16 +113,17 @@ class TextDataModule(LightningDataModule):
 
     def tokens(self, split: str) -> NDArray[Any]:
         """Token ids of "train", "val" or "test", (N,); those of a large text lie in a file."""
-        ids = self.read().tokens[split]
+        ids = self.read().tokens[split].ids
         return ids.ids if isinstance(ids, MemmapTokens) else ids
 
-    def resolve_path(self) -> Path:
-        """The text file: at `path`, among the shipped files, or where the checkpoint's run read it."""
-        path, package = Path(self.path).expanduser(), Path(__file__).parents[1]
-        if path.exists() or path.is_absolute():
-            return path
-        others = [package / "shipped" / path, package.parent / path, Path(self.checkpoint.get("text_path", path))]
-        return next((other for other in others if other.is_file()), path)
+    def find_files(self) -> tuple[Path, ...]:
+        """The files of the text: at `path`, among the shipped files, or where the checkpoint's run read them."""
+        return find_files(self.path, self.checkpoint.get("text_path", ""))
+
+    def absolute_path(self) -> TextPath:
+        """The absolute path of the text file, or of each of several."""
+        files = [str(path.resolve()) for path in self.find_files()]
+        return files[0] if len(files) == 1 else files
 
     def read(self) -> TokenizedText:
         """Reads, splits and tokenizes the text, once.
@@ -131,37 +132,39 @@ class TextDataModule(LightningDataModule):
             UserError: If the text cannot be used, is too short, or is not the checkpoint's.
         """
         if self._text is None:
-            path, cache, config = self.resolve_path(), cache_dir(), self.config
-            if self.checkpoint and not path.exists():
-                raise text_error(path, "the checkpoint's text is not there", "give its path with --data.path FILE")
-            stats = read_stats(path, cache)
+            files, cache, config = self.find_files(), cache_dir(), self.config
+            missing = next((path for path in files if not path.exists()), None)
+            if self.checkpoint and missing:
+                raise text_error(missing, "the checkpoint's text is not there", "give its path with --data.path FILE")
+            stats = read_stats(files, cache)
             if self.checkpoint and stats.sha256 != self.checkpoint["text_sha256"]:
                 problem = "it is not the text that the checkpoint was trained on"
                 if not config.allow_data_change:
                     remedy = "name that one with --data.path FILE, or use --data.allow_data_change true"
-                    raise text_error(path, problem, remedy)
-                rank_zero_print(f"data.path {path}: {problem}; data.allow_data_change accepts it")
+                    raise text_error(files[0], problem, remedy)
+                rank_zero_print(f"data.path {files[0]}: {problem}; data.allow_data_change accepts it")
             shares = config.train_frac, 1 - config.test_frac
-            ends = split_ends(shares, stats.characters)
+            segments = cut(files, stats, shares, config.split)
             if self.checkpoint:
                 tokenizer = self.tokenizer
             elif config.tokenizer == "char":
                 tokenizer = CharTokenizer(stats.alphabet)
             else:
-                learned = ends[0] if config.bpe_train_on == "train" else stats.characters
+                learned = segments if config.bpe_train_on == "train" else cut(files, stats, (1.0, 1.0), "joint")
                 limits = config.bpe_vocab_size, config.bpe_min_pair_freq
-                tokenizer = train_bpe(path, stats, learned, *limits, config.bpe_across_lines, cache)
+                tokenizer = train_bpe(learned, stats, *limits, config.bpe_across_lines, cache)
             if config.split_unit == "tokens":
-                tokens = tokenize_first(path, stats, tokenizer, shares, cache)
+                tokens = tokenize_first(files, stats, tokenizer, shares, cache)
             else:
-                tokens = tokenize(path, stats, tokenizer, ends, cache)
+                tokens = tokenize(segments, stats, tokenizer, cache)
             window = config.block_size + 1
             evaluated = 2 if config.eval_mode == "full" else window
             for split, least in zip(SPLITS, (window, evaluated, evaluated), strict=True):
-                if len(tokens[split]) < least and (split != "test" or config.test_frac):
-                    problem = f"it is too short: its {split} split has {len(tokens[split])} tokens and needs {least}"
+                if (longest := max(tokens[split].lengths)) < least and (split != "test" or config.test_frac):
+                    where = " in its longest file" if len(segments) > 1 else ""
+                    problem = f"it is too short: its {split} split has {longest} tokens{where} and needs {least}"
                     smaller = "a smaller model.block_size" if least == window else f"a larger share for {split}"
-                    raise text_error(path, problem, f"use a longer text or {smaller}")
+                    raise text_error(files[0], problem, f"use a longer text or {smaller}")
             self._text = TokenizedText(stats, tokenizer, tokens)
         return self._text
 
@@ -185,8 +188,8 @@ class TextDataModule(LightningDataModule):
 
     def steps_per_epoch(self, accumulate: int = 1) -> int:
         """Optimizer steps that read about as many tokens as the training split has."""
-        windows = datasets.windows_in_epoch(len(self.read().tokens["train"]), self.config.block_size)
-        return max(1, windows // (self.config.batch_size * accumulate))
+        windows = datasets.windows_in_epoch(self.read().tokens["train"].lengths, self.config.block_size)
+        return max(1, int(windows.sum()) // (self.config.batch_size * accumulate))
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The micro-batches of an epoch; with max_steps alone the whole run is one epoch."""
@@ -207,8 +210,8 @@ class TextDataModule(LightningDataModule):
             problem = f"it must be a multiple of the number of devices, {world}"
             raise UserError(problem, option="data.batch_size", value=config.batch_size)
         dataset = datasets.TrainDataset(
-            self.read().tokens["train"], config.block_size, config.batch_size, config.seed, accumulate, rank, world,
-            config.sampling, config.token_noise, self.vocab_size,
+            self.read().tokens["train"].ids, config.block_size, config.batch_size, config.seed, accumulate, rank, world,
+            config.sampling, config.token_noise, self.vocab_size, self.read().tokens["train"].lengths,
         )  # fmt: skip
         return self._loader(dataset, datasets.StepSampler(steps * accumulate, next_micro_batch))
 
@@ -216,20 +219,22 @@ class TextDataModule(LightningDataModule):
         """The step that an evaluation belongs to: the run's, or the checkpoint's."""
         return (self.trainer.global_step if self.trainer else 0) or self.checkpoint.get("step", 0)
 
-    def _num_windows(self, split: str) -> int:
-        """How many windows cover a split; its first token is not a target."""
-        return -(-(len(self.read().tokens[split]) - 1) // self.config.block_size)
+    def _window_starts(self, split: str) -> NDArray[np.int64]:
+        """Where the windows begin that cover a split; the first token of a segment is not a target."""
+        return datasets.Segments(self.read().tokens[split].lengths).covering_starts(self.config.block_size)
 
     def eval_dataset(self, split: str, windows: int | None = None) -> EvalDataset:
         """At most `windows` windows of a split, evenly spaced; by default as many as max_eval_tokens allows."""
-        size, count = self.config.block_size, self._num_windows(split)
-        limit = max(1, self.config.max_eval_tokens // size) if windows is None else windows
-        starts = (np.arange(count) if count <= limit else np.arange(limit) * count // limit) * size
-        return EvalDataset(*self._eval_args(split), starts)
+        starts = self._window_starts(split)
+        limit = max(1, self.config.max_eval_tokens // self.config.block_size) if windows is None else windows
+        if len(starts) > limit:
+            starts = starts[np.arange(limit) * len(starts) // limit]
+        return EvalDataset(**self._eval_args(split), starts=starts)
 
-    def _eval_args(self, split: str) -> tuple[TokenArray, NDArray[np.int64], int, int]:
-        text = self.read()
-        return text.tokens[split], text.tokenizer.token_lengths, self.config.block_size, self.config.batch_size
+    def _eval_args(self, split: str) -> dict[str, Any]:
+        text, config = self.read(), self.config
+        sizes = {"block_size": config.block_size, "batch_size": config.batch_size}
+        return {**text.tokens[split]._asdict(), "token_lengths": text.tokenizer.token_lengths, **sizes}
 
     def eval_dataloader(self, split: str, sampled: bool) -> DataLoader[EvalBatch]:
         """The batches of a sampled or of a full evaluation of a split, this process's share of them."""
@@ -238,7 +243,7 @@ class TextDataModule(LightningDataModule):
         if sampled:
             purpose = (config.seed, "check", split)  # a fixed key: another one would draw other windows
             dataset = datasets.SampledEvalDataset(
-                *self._eval_args(split), drawn_batches=config.eval_iters, purpose=purpose
+                **self._eval_args(split), drawn_batches=config.eval_iters, purpose=purpose
             )
             step = self.eval_step
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
@@ -275,7 +280,7 @@ class TextDataModule(LightningDataModule):
 
     def subsampling_note(self, split: str) -> str | None:
         """One line for the user if a full evaluation leaves out windows, else None."""
-        total, read = self._num_windows(split), len(self.eval_dataset(split).starts)
+        total, read = len(self._window_starts(split)), len(self.eval_dataset(split).starts)
         if self.config.eval_mode == "sampled" or read == total:
             return None
         limit = f"data.max_eval_tokens {self.config.max_eval_tokens}"

@@ -9,7 +9,7 @@ differ in other options see equal batches.
 Where tokens come from is in `token_cache`, which windows an evaluation reads in `datamodule`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -53,19 +53,54 @@ def distinct_starts(count: int, choices: int, *purpose: object) -> tuple[NDArray
     return np.unique(sample_starts(count, choices, *purpose), return_counts=True)
 
 
-def windows_in_epoch(length: int, block_size: int) -> int:
-    """Adjacent windows in `length` tokens, one fewer than fit, so that the start of the first one can vary."""
-    return max(1, (length - 1) // block_size - 1)
+class Segments:
+    """Where the segments of a split begin and end, in tokens. No window runs over two of them.
+
+    Args:
+        lengths: Tokens of each.
+    """
+
+    def __init__(self, lengths: Sequence[int]):
+        self.lengths = np.array(lengths, np.int64)
+        self.ends = self.lengths.cumsum()
+        self.begins = self.ends - self.lengths
+
+    def choices(self, block_size: int) -> int:
+        """How many windows there are."""
+        return int(np.maximum(0, self.lengths - block_size).sum())
+
+    def window_starts(self, block_size: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the windows with these numbers, below `choices`, begin."""
+        room = np.maximum(0, self.lengths - block_size)
+        segment = np.searchsorted(room.cumsum(), numbers, side="right")
+        return self.begins[segment] + numbers - (room.cumsum() - room)[segment]
+
+    def covering_starts(self, block_size: int) -> NDArray[np.int64]:
+        """Where the windows begin that together have each token but the first of a segment as a target."""
+        counts = -(-(self.lengths - 1) // block_size)
+        return np.concatenate([b + block_size * np.arange(n) for b, n in zip(self.begins, counts, strict=True)])
+
+    def end_behind(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The end of the segment that each position lies in."""
+        return self.ends[np.searchsorted(self.ends, positions, side="right")]
+
+
+def windows_in_epoch(lengths: Sequence[int], block_size: int) -> NDArray[np.int64]:
+    """Adjacent windows in each segment, one fewer than fit, so that the start of the first one can vary."""
+    counts = np.maximum(1, (np.array(lengths, np.int64) - 1) // block_size - 1)
+    return np.where(np.array(lengths) > block_size, counts, 0)
 
 
 @lru_cache(maxsize=2)  # a batch may lie in two epochs
-def epoch_starts(length: int, block_size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+def epoch_starts(lengths: tuple[int, ...], block_size: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Starts of the windows of an epoch, in shuffled order: no token is a target twice."""
-    count = windows_in_epoch(length, block_size)
-    (shift,) = sample_starts(1, min(block_size, length - count * block_size), seed, "shift", epoch)
-    order = np.random.Philox(key=derive_seed(seed, "order", epoch)).random_raw(count).argsort(kind="stable")
-    starts: NDArray[np.int64] = shift + order * block_size
-    return starts
+    segments, counts = Segments(lengths), windows_in_epoch(lengths, block_size)
+    room = np.clip(segments.lengths - counts * block_size, 1, block_size)
+    shifts = (uniform(1, seed, "shift", epoch) * room).astype(np.int64)
+    firsts = segments.begins + shifts
+    starts = np.concatenate([first + block_size * np.arange(n) for first, n in zip(firsts, counts, strict=True)])
+    order = np.random.Philox(key=derive_seed(seed, "order", epoch)).random_raw(len(starts)).argsort(kind="stable")
+    return starts[order]
 
 
 @dataclass(eq=False)
@@ -85,9 +120,12 @@ class TrainDataset(Dataset[Batch]):
     sampling: SamplingMode = "random"  # windows start anywhere, with replacement; "epoch": see `epoch_starts`
     token_noise: float = 0.0  # share of the inputs that is replaced
     vocab_size: int = 0
+    lengths: tuple[int, ...] = ()  # tokens of each segment; by default there is one
 
     def __post_init__(self) -> None:
-        assert len(self.ids) > self.block_size, "there is no window to train on"
+        self.lengths = self.lengths or (len(self.ids),)
+        self.segments = Segments(self.lengths)
+        assert self.segments.choices(self.block_size), "there is no window to train on"
 
     def _rows(self, i: int) -> tuple[int, int, int]:
         """The optimizer step of micro-batch i, and the first and last + 1 of its rows in that step."""
@@ -97,12 +135,12 @@ class TrainDataset(Dataset[Batch]):
     def _starts(self, i: int) -> NDArray[np.int64]:
         """Starts of the windows of micro-batch i, over all processes, (B,)."""
         if self.sampling == "epoch":
-            length, size = len(self.ids), self.block_size
-            count = windows_in_epoch(length, size)
+            size, count = self.block_size, int(windows_in_epoch(self.lengths, self.block_size).sum())
             rows = range(i * self.batch_size, (i + 1) * self.batch_size)
-            return np.array([epoch_starts(length, size, self.seed, row // count)[row % count] for row in rows])
+            return np.array([epoch_starts(self.lengths, size, self.seed, row // count)[row % count] for row in rows])
         step, begin, end = self._rows(i)
-        return sample_starts(end, len(self.ids) - self.block_size, self.seed, "batch", step)[begin:]
+        drawn = sample_starts(end, self.segments.choices(self.block_size), self.seed, "batch", step)[begin:]
+        return self.segments.window_starts(self.block_size, drawn)
 
     def _noise(self, i: int) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
         """Which inputs of micro-batch i are replaced, (B, T), and the tokens that replace them, (B, T)."""
@@ -150,6 +188,10 @@ class EvalDataset(Dataset[EvalBatch]):
     block_size: int  # T
     batch_size: int  # B
     starts: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    lengths: tuple[int, ...] = ()  # tokens of each segment; by default there is one
+
+    def __post_init__(self) -> None:
+        self.segments = Segments(self.lengths or (len(self.ids),))
 
     def __len__(self) -> int:
         return -(-len(self.starts) // self.batch_size)
@@ -160,11 +202,12 @@ class EvalDataset(Dataset[EvalBatch]):
     def batch_at(self, starts: NDArray[np.int64], draws: NDArray[np.int64] | None = None) -> EvalBatch:
         """The batch of the windows at `starts` (n,), each drawn `draws` (n,) times, by default once.
 
-        Positions after the end of the split are padding.
+        Positions after the end of the split, or of a segment, are padding.
         """
         positions = starts[:, None] + np.arange(self.block_size + 1)  # (n, T + 1)
-        scored = positions[:, 1:] < len(self.ids)  # (n, T)
-        windows = self.ids[np.minimum(positions, len(self.ids) - 1)].astype(np.int64)
+        ends = self.segments.end_behind(starts)[:, None]
+        scored = positions[:, 1:] < ends  # (n, T)
+        windows = self.ids[np.minimum(positions, ends - 1)].astype(np.int64)
         targets = np.where(scored, windows[:, 1:], IGNORE_INDEX)
         lengths = (self.token_lengths[windows[:, 1:]] * scored[..., None]).sum(1)  # (n, 2)
         draws = np.ones_like(starts) if draws is None else draws
@@ -191,7 +234,7 @@ class SampledEvalDataset(EvalDataset):
 
     @property
     def _choices(self) -> int:
-        return len(self.ids) - self.block_size
+        return self.segments.choices(self.block_size)
 
     def __len__(self) -> int:
         return min(self.drawn_batches, -(-self._choices // self.batch_size))
@@ -200,7 +243,7 @@ class SampledEvalDataset(EvalDataset):
         step, i = item
         starts, draws = distinct_starts(self.drawn_batches * self.batch_size, self._choices, *self.purpose, step)
         batch = slice(self.batch_size * i, self.batch_size * (i + 1))
-        return self.batch_at(starts[batch], draws[batch])
+        return self.batch_at(self.segments.window_starts(self.block_size, starts[batch]), draws[batch])
 
 
 @dataclass(eq=False)

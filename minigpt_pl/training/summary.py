@@ -97,6 +97,7 @@ class RunSummary(Callback):
             "versions": versions(),
             "git_commit": git_commit(),
             "data_sha256": trainer.datamodule.text_stats.sha256,
+            "data_files": [path.name for path in trainer.datamodule.find_files()],
             "tokenizer_sha256": trainer.datamodule.tokenizer.sha256,
             "parent": self.parent,
             "parent_step": self.parent_step,

@@ -50,7 +50,7 @@ def test_hash_alphabet_and_sizes_are_those_of_the_converted_text(folder: Path, t
     expected = converted(data)
     assume(not expected.isspace() and expected)
     with patch.object(corpus, "CHUNK_BYTES", size):
-        stats = read_stats(write(folder, data), folder / "cache")
+        stats = read_stats([write(folder, data)], folder / "cache")
     assert stats.sha256 == hashlib.sha256(expected.encode()).hexdigest()
     assert (stats.characters, stats.bytes) == (len(expected), len(expected.encode()))
     assert stats.alphabet == "".join(sorted(set(expected)))
@@ -90,7 +90,7 @@ def test_splits_share_no_character_and_miss_none(folder: Path, text: str, ends: 
     first, second = sorted(min(end, len(text)) for end in ends)
     path, splits = write(folder, codecs.BOM_UTF8 + text.encode()), ["", "", ""]
     with patch.object(corpus, "CHUNK_BYTES", size):
-        for split, chunk in iter_split_chunks(path, [first, second, len(text)], ""):
+        for split, chunk in iter_split_chunks([path], [first, second, len(text)], ""):
             splits[split] += chunk
     assert splits == [text[:first], text[first:second], text[second:]]
 
@@ -102,7 +102,7 @@ def test_splits_share_no_character_and_miss_none(folder: Path, text: str, ends: 
 def cached(tmp_path: Path) -> tuple[Path, Path, Path]:
     """A text that was read, the cache, and its entry there."""
     path, cache = write(tmp_path, b"one two"), tmp_path / "cache"
-    read_stats(path, cache)
+    read_stats([path], cache)
     (entry,) = cache.iterdir()
     return path, cache, entry
 
@@ -111,7 +111,7 @@ def test_an_unchanged_file_is_not_read_again(cached: tuple[Path, Path, Path]) ->
     path, cache, entry = cached
     stats = json.loads(entry.read_text("utf-8"))
     entry.write_text(json.dumps(stats | {"characters": 12345}), "utf-8")
-    assert read_stats(path, cache).characters == 12345, "the entry was not used"
+    assert read_stats([path], cache).characters == 12345, "the entry was not used"
 
 
 def test_a_file_changed_in_place_is_read_again_even_with_its_old_time(cached: tuple[Path, Path, Path]) -> None:
@@ -119,7 +119,7 @@ def test_a_file_changed_in_place_is_read_again_even_with_its_old_time(cached: tu
     before = path.stat()
     path.write_bytes(b"two one")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert read_stats(path, cache).sha256 == hashlib.sha256(b"two one").hexdigest()
+    assert read_stats([path], cache).sha256 == hashlib.sha256(b"two one").hexdigest()
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"sha256": "0"}', "\x00" * 50])
@@ -127,7 +127,7 @@ def test_a_damaged_entry_is_replaced(cached: tuple[Path, Path, Path], damage: st
     path, cache, entry = cached
     intact = entry.read_text("utf-8")
     entry.write_text(damage, "utf-8")
-    assert read_stats(path, cache).characters == 7
+    assert read_stats([path], cache).characters == 7
     assert entry.read_text("utf-8") == intact
 
 
@@ -157,7 +157,7 @@ def test_a_progress_bar_is_shown_for_a_large_file(tmp_path: Path, capfd: pytest.
 )
 def test_a_file_without_text_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
     with pytest.raises(UserError, match=message) as refusal:
-        read_stats(write(tmp_path, data), tmp_path)
+        read_stats([write(tmp_path, data)], tmp_path)
     assert (refusal.value.option, refusal.value.value) == ("data.path", tmp_path / "text.txt")
 
 
@@ -168,4 +168,4 @@ def test_a_path_that_is_not_a_file_is_refused(tmp_path: Path) -> None:
         (Path("/dev/null"), "it is not a regular file"),
     ]:
         with pytest.raises(UserError, match=problem):
-            read_stats(path, tmp_path)
+            read_stats([path], tmp_path)

@@ -18,6 +18,7 @@ import pytest
 
 from minigpt_pl.data import corpus, token_cache
 from minigpt_pl.data.datamodule import TextDataModule
+from minigpt_pl.data.sources import Segment
 from minigpt_pl.data.token_cache import SPLITS, MemmapTokens
 from minigpt_pl.runtime.errors import UserError
 
@@ -202,7 +203,7 @@ def test_a_second_start_reads_the_cache_instead_of_the_text(text_path: Path, cac
         assert second.tokens("val").tolist()[:-1] == first.tokens("val").tolist()[:-1]
         assert second.tokens("val")[-1] == 0
     assert split_texts(first)[0] == expected[0]
-    assert isinstance(second.read().tokens["val"], MemmapTokens)
+    assert isinstance(second.read().tokens["val"].ids, MemmapTokens)
 
 
 @pytest.mark.parametrize(
@@ -272,11 +273,11 @@ def test_a_cache_that_is_not_writable_is_reported_once(
 
 def test_a_text_that_changes_while_it_is_read_is_refused(text_path: Path, cache: Path) -> None:
     """Otherwise the cache would hold the tokens of one text under the hash of another."""
-    stats = corpus.read_stats(text_path, cache)
+    stats = corpus.read_stats([text_path], cache)
     text_path.write_bytes(text_path.read_bytes().replace(b"sea", b"see"))
     tokenizer = module(text_path).tokenizer
     with pytest.raises(UserError, match="changed while it was read"):
-        token_cache.tokenize(text_path, stats, tokenizer, [100, 200, stats.characters], cache / "other")
+        token_cache.tokenize([Segment((text_path,), (100, 200, stats.characters))], stats, tokenizer, cache / "other")
     assert not any((cache / "other").iterdir()), "an incomplete file is left"
 
 
@@ -303,9 +304,9 @@ def test_tokens_of_a_large_text_do_not_stay_in_memory(tmp_path: Path) -> None:
     size = token_cache.LARGE_FILE_BYTES + 10_000_000
     with (tmp_path / "tokens.bin").open("wb") as file:
         file.write(np.array([size, 0, 0]).tobytes() + bytes(size))
-    splits = token_cache.load_splits(tmp_path / "tokens.bin", np.dtype(np.uint8))
+    splits = token_cache.load_splits(tmp_path / "tokens.bin", np.dtype(np.uint8), 1)
     assert splits is not None
     before = resident()
     for start in range(0, size - 10**6, 10**6):
-        splits["train"][np.arange(start, start + 10**6, mmap.PAGESIZE)]
+        splits["train"].ids[np.arange(start, start + 10**6, mmap.PAGESIZE)]
     assert resident() - before < size / 4
