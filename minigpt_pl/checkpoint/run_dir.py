@@ -17,10 +17,17 @@ from filelock import FileLock, Timeout
 
 from minigpt_pl.checkpoint.io import BEST_CKPT, LAST_CKPT, suggest_checkpoint
 from minigpt_pl.runtime import signals
-from minigpt_pl.runtime.atomic_io import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, remove_temp_files
+from minigpt_pl.runtime.atomic_io import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    SUMMARY_FILE,
+    TENSORBOARD_DIR,
+    remove_temp_files,
+)
 from minigpt_pl.runtime.errors import UserError, is_rank_zero, rank_zero_print
 
-RUN_FILES = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, SAMPLES_FILE, "wandb")
+RUN_FILES = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, SAMPLES_FILE, TENSORBOARD_DIR, "wandb")
 
 
 class RunDir(NamedTuple):

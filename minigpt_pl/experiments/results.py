@@ -217,10 +217,10 @@ def strip_paths(text: str) -> str:
 
 
 def run_differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """The options that make two configurations different runs, a line each; W&B and the text's path do not."""
+    """The options that make two configurations different runs, a line each; loggers and the text's path do not."""
     for full_name, old, new in config_diff(before, now):
         name = option_name(full_name)
-        if not (name == "data.path" or name.startswith("wandb")):
+        if not (name == "data.path" or name.startswith(("wandb", "tensorboard"))):
             yield f"{name}: {old} -> {new}"
 
 
