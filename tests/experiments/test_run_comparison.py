@@ -10,7 +10,7 @@ import pytest
 from conftest import Outcome
 from support.runs import SMALL, summary
 
-from minigpt_pl.cli.options import config_diff
+from minigpt_pl.cli.options import config_diff, option_specs
 from minigpt_pl.experiments.run_comparison import setting_differences
 
 MiniGPT = Callable[..., Outcome]
@@ -150,8 +150,9 @@ def test_runs_and_results_of_studies_are_told_apart(
 
 
 def test_an_option_that_one_run_is_too_old_for_is_no_difference() -> None:
+    schedule = option_specs("fit")["model.lr_schedule"].default
     old = {"model": {"init_args": {"lr": 1.0}}, "wandb": None}
-    new = {"model": {"init_args": {"lr": 1.0, "dropout": 0.2}}, "wandb": {"group": "g"}, "tensorboard": False}
+    new = {"model": {"init_args": {"lr": 1.0, "lr_schedule": schedule}}, "wandb": {"group": "g"}, "tensorboard": False}
     assert [name for name, *_ in config_diff(new, old)] != []
     for one, other in ((old, new), (new, old)):
         assert setting_differences(one, other) == []
