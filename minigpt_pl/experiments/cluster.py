@@ -22,6 +22,18 @@ def needs(threads: int, gpus: int) -> dict[str, float]:
     return {"threads": threads, **({"GPU": gpus} if gpus else {})}
 
 
+def workers_of(client: Client) -> list[dict[str, Any]]:
+    return list(client.scheduler_info(n_workers=-1)["workers"].values())
+
+
+def room_for(client: Client, needed: dict[str, float]) -> int:
+    """How many runs the workers can train at a time."""
+    return sum(
+        min(worker["nthreads"], *(int(worker["resources"].get(name, 0) // number) for name, number in needed.items()))
+        for worker in workers_of(client)
+    )
+
+
 def call(payload: bytes) -> Any:
     """A task: a pickled function and its argument. Their modules are imported here, in a thread of the worker.
 
@@ -66,8 +78,8 @@ def remote_client(address: str, threads: int, gpus: int) -> Iterator[Client]:
             f"no scheduler answers ({error})", option="--scheduler", value=address, remedy=remedy
         ) from error
     with client:
-        workers, needed = client.scheduler_info(n_workers=-1)["workers"].values(), needs(threads, gpus)
-        if workers and not any(all(w["resources"].get(k, 0) >= n for k, n in needed.items()) for w in workers):
+        needed = needs(threads, gpus)
+        if workers_of(client) and not room_for(client, needed):
             wanted = " ".join(f"{name}={number}" for name, number in needed.items())
             remedy = f'start workers with  dask worker {address} --resources "{wanted}"'
             raise UserError(f"no worker offers {wanted}", option="--scheduler", value=address, remedy=remedy)

@@ -9,6 +9,7 @@ import pickle
 import secrets
 import shlex
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -58,18 +59,12 @@ class Runner:
 
     def run(self) -> None:
         """Returns when all runs have ended, or when a signal has stopped them."""
-        from minigpt_pl.experiments.cluster import call, needs
-        from minigpt_pl.experiments.tasks import Job, train
-
         signals.defer(True)
         self.client.subscribe_topic(self.study, self.started)
         futures: dict[Future[Outcome], spec.Run] = {}
-        for order, run in enumerate(self.runs):
-            task = pickle.dumps((train, Job(run, self.study, os.getcwd(), self.threads, self.gpus)))
-            key, resources = f"{run}-{self.study}", needs(self.threads, self.gpus)
-            futures[self.client.submit(call, task, key=key, resources=resources, priority=-order)] = run
-        signalled = False
-        while futures:
+        waiting, signalled = deque(self.runs), False
+        while futures or waiting:
+            self.submit(waiting, futures)
             time.sleep(POLL_SECONDS)
             for future in [future for future in futures if future.done()]:
                 self.finish(futures.pop(future), future)
@@ -77,12 +72,28 @@ class Runner:
                 if time.monotonic() - self.printed > REPORT_INTERVAL:
                     self.print(", ".join(f"{run} at step {n}" for run in futures.values() if (n := run.steps())))
                 continue
+            waiting.clear()
             if not signalled:
                 self.client.set_metadata([self.study], int(number))  # each run's worker passes it on
                 signalled = True
             on_workers = {key for keys in self.client.processing().values() for key in keys}
             for future in [one for one in futures if not one.done() and one.key not in on_workers]:
                 del futures[future]  # no worker has it
+
+    def submit(self, waiting: "deque[spec.Run]", futures: "dict[Future[Outcome], spec.Run]") -> None:
+        """Gives runs to the cluster as long as it has room, and one more, which shows that it could use more workers.
+
+        Dask binds a task to a worker at once. With all tasks there, a worker that joins later would take any of them.
+        """
+        from minigpt_pl.experiments.cluster import call, needs, room_for
+        from minigpt_pl.experiments.tasks import Job, train
+
+        needed = needs(self.threads, self.gpus)
+        while waiting and len(futures) <= room_for(self.client, needed):
+            run = waiting.popleft()
+            task = pickle.dumps((train, Job(run, self.study, os.getcwd(), self.threads, self.gpus)))
+            key, priority = f"{run}-{self.study}", -self.runs.index(run)
+            futures[self.client.submit(call, task, key=key, resources=needed, priority=priority)] = run
 
     def started(self, event: tuple[float, dict[str, Any]]) -> None:
         self.print(f"{event[1]['started']} {'resumes' if event[1]['resumes'] else 'starts'}")
@@ -205,6 +216,7 @@ def run(command: str, options: list[str]) -> int:
         if args.scheduler:  # whose workers have other working directories
             todo = [replace(run, run_dir=run.run_dir.absolute()) for run in todo]
         if cluster:
+            todo[0].run_dir.parent.mkdir(parents=True, exist_ok=True)
             runner = Runner(todo, *cluster, args.gpus, out)
             runner.run()
             failed_now = runner.failed
