@@ -73,7 +73,7 @@ def remote_client(address: str, threads: int, gpus: int) -> Iterator[Client]:
     try:
         client = Client(address, timeout=CONNECT_SECONDS)
     except (OSError, ValueError) as error:
-        remedy = "start one with  dask scheduler  and name it as tcp://HOST:PORT"
+        remedy = "start one with dask scheduler, and name it as tcp://HOST:PORT"
         raise UserError(
             f"no scheduler answers ({error})", option="--scheduler", value=address, remedy=remedy
         ) from error
@@ -81,6 +81,6 @@ def remote_client(address: str, threads: int, gpus: int) -> Iterator[Client]:
         needed = needs(threads, gpus)
         if workers_of(client) and not room_for(client, needed):
             wanted = " ".join(f"{name}={number}" for name, number in needed.items())
-            remedy = f'start workers with  dask worker {address} --resources "{wanted}"'
+            remedy = f'start workers with: dask worker {address} --resources "{wanted}"'
             raise UserError(f"no worker offers {wanted}", option="--scheduler", value=address, remedy=remedy)
         yield client

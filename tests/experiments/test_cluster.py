@@ -134,7 +134,7 @@ def test_a_cluster_that_cannot_take_a_run_is_refused(directory: Path, cluster: C
     wanted = "threads=2 GPU=1"
     assert done.err == (
         f"error: --scheduler {cluster.address}: no worker offers {wanted}; "
-        f'start workers with  dask worker {cluster.address} --resources "{wanted}"\n'
+        f'start workers with: dask worker {cluster.address} --resources "{wanted}"\n'
     )
     assert (done.status, done.out) == (2, "")
     assert not Path("docs").exists()
