@@ -14,7 +14,7 @@ COMMANDS = {  # name: (module, what the command does); each module has run(comma
     "test": ("minigpt_pl.cli.app", "evaluate a checkpoint on the test split"),
     "predict": ("minigpt_pl.cli.app", "generate text from a prompt"),
     "study": ("minigpt_pl.experiments.runner", "train configurations with several seeds and compare them"),
-    "report": ("minigpt_pl.experiments.report", "write a report on the results of a study"),
+    "report": ("minigpt_pl.experiments.report", "write a report on the results of a study, or compare two runs"),
     "baselines": ("minigpt_pl.cli.baselines", "score n-gram models and xz on a text"),
     "export": ("minigpt_pl.cli.export", "convert a checkpoint to a Hugging Face folder"),
     "chat": ("minigpt_pl.cli.chat", "write with a model in the terminal, line by line"),

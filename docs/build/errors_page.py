@@ -213,6 +213,13 @@ CASES = {
         ("fit --ckpt_path run/best.ckpt", "--ckpt_path run/best.ckpt: a run resumes from last.ckpt only; start a fork with --run_dir NEW, or resume from last.ckpt"),
         ("fit --ckpt_path run/best.ckpt --run_dir run", "--run_dir run: the directory holds a run; resume it with --ckpt_path last, or use another --run_dir"),
     ],
+    "Studies and comparisons": [
+        ("report run", "report run: it holds a run, not the results of a study; name a second run to compare it with"),
+        ("report run elsewhere", "report elsewhere: it holds no run; name two run directories, or one folder of results"),
+        ("report run run run", "report compares two runs, not 3; name two, or write a study"),
+        ("study ablations --threads 0", "--threads 0: it must be at least 1"),
+        ("study ablations --scheduler tcp://HOST:8786 --jobs 2", "--jobs 2: the cluster decides it; leave it out: each worker trains as many as it has room for"),
+    ],
     "Checkpoints": [
         ("validate", "validate needs a checkpoint; use --ckpt_path FILE, or --run_dir DIR --ckpt_path best (or last)"),
         ("predict --sample.prompt sea", "predict needs a checkpoint; use --ckpt_path FILE, or --run_dir DIR --ckpt_path best (or last)"),

@@ -13,14 +13,24 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, LeaseCompromise, SoftFileLease, Timeout
 
 from minigpt_pl.checkpoint.io import BEST_CKPT, LAST_CKPT, suggest_checkpoint
 from minigpt_pl.runtime import signals
-from minigpt_pl.runtime.atomic_io import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, remove_temp_files
+from minigpt_pl.runtime.atomic_io import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    SUMMARY_FILE,
+    TENSORBOARD_DIR,
+    remove_temp_files,
+)
 from minigpt_pl.runtime.errors import UserError, is_rank_zero, rank_zero_print
 
-RUN_FILES = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, SAMPLES_FILE, "wandb")
+RUN_FILES = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, SAMPLES_FILE, TENSORBOARD_DIR, "wandb")
+LOCKED = "another process trains in it"
+LOCK_FILE, LEASE_FILE = ".lock", ".lease"
+LEASE_SECONDS = 30.0  # a lease that nobody refreshes for so long is that of a host which has died
 
 
 class RunDir(NamedTuple):
@@ -42,18 +52,27 @@ class RunDir(NamedTuple):
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Creates the directory and keeps other processes out of it; at the end removes what is unfinished."""
+        """Creates the directory and keeps other processes out of it; at the end removes what is unfinished.
+
+        Two locks do this. The kernel's (flock) is exact: it ends with the process, however that ends. But some file
+        systems that hosts share keep it to one host. For these the holder also refreshes a lease, a file that another
+        host can watch. Where the kernel's lock is shared, nobody ever waits for the lease of a living process.
+        """
         if not is_rank_zero():
             yield
             return
         created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        lock = FileLock(self.path / ".lock")
+        lock = FileLock(self.path / LOCK_FILE)
+        lease = SoftFileLease(self.path / LEASE_FILE, lease_duration=LEASE_SECONDS, on_compromise=self._end_if_taken)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
+            lease.acquire(timeout=1.5 * LEASE_SECONDS, poll_interval=0.2)
         except Timeout:
-            raise self.error("another process trains in it", "wait for it to end, or ") from None
+            lock.release()
+            raise self.error(LOCKED, "wait for it to end, or ") from None
         except OSError as error:
+            lock.release()
             raise self.error(f"the directory is not writable ({error.strerror})") from None
         clean_up = partial(self._clean_up, created)
         signals.exit_hooks.append(clean_up)
@@ -64,6 +83,7 @@ class RunDir(NamedTuple):
                 self._move_leftovers()
             yield
         finally:
+            lease.release()
             clean_up()
             lock.release()
             signals.exit_hooks.remove(clean_up)
@@ -74,9 +94,16 @@ class RunDir(NamedTuple):
             if not self.holds_run():
                 for path in (self.path / name for name in RUN_FILES):
                     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-            (self.path / ".lock").unlink(missing_ok=True)  # while it is held, as nobody waits for it
+            for name in (LEASE_FILE, LOCK_FILE):  # while the lock is held, as nobody waits for it
+                (self.path / name).unlink(missing_ok=True)
             for folder in created:
                 folder.rmdir()  # stops at the first one that is not empty
+
+    def _end_if_taken(self, loss: LeaseCompromise) -> None:
+        """Ends a process that stood still for longer than its lease, if another host trains here since."""
+        if loss.reason == "owner-changed":
+            rank_zero_print(f"error: {self.error('another host has taken it over while this process stood still')}")
+            os._exit(2)  # without a checkpoint, which would replace a newer one
 
     def _move_leftovers(self) -> None:
         """Keeps files of a start that died before its first checkpoint out of the new run."""

@@ -137,6 +137,7 @@ class MiniGPTCLI(LightningCLI):
             parser.add_argument("--early_stopping", type=ValLossEarlyStopping | None)
             parser.add_argument("--samples", type=sampling.SampleCallback | None, default=None)
             parser.add_argument("--wandb", type=WandbConfig | None, default=WandbConfig())
+            parser.add_argument("--tensorboard", type=bool, default=False)
         if self.command == "predict":
             parser.add_class_arguments(PredictConfig, "sample")
 

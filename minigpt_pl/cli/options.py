@@ -73,7 +73,7 @@ FIT_ONLY = {
     "val_check_interval", "check_val_every_n_epoch", "max_epochs", "enable_model_summary", "logger",
 }  # fmt: skip
 """Trainer options that only `fit` has."""
-FIT_GROUPS = {"early_stopping", "checkpoint", "samples", "wandb"}
+FIT_GROUPS = {"early_stopping", "checkpoint", "samples", "wandb", "tensorboard"}
 SECTIONS = ("fit", "validate", "test", "predict")
 
 
@@ -110,6 +110,8 @@ def option_specs(command: str, *user_classes: Any) -> dict[str, OptionSpec]:
         "print_config": OptionSpec(None, help="Print the resolved configuration, as a file for --config, and exit."),
         "model": OptionSpec(type, "ModernLM", MODEL_HELP),
     }
+    if fits:
+        specs["tensorboard"] = OptionSpec(bool, False, "Write metrics and samples for TensorBoard too.")
     for group, classes in (groups | {"trainer": [Trainer]}).items():
         members = [class_options(cls) for cls in classes]
         for cls, options in zip(classes, members, strict=True):

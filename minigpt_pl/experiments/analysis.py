@@ -139,9 +139,14 @@ def compare_variants(a: VariantResults | None, b: VariantResults | None) -> tupl
     test = statistics.compare(a.losses, b.losses, a.results[0].batch_protocol() == b.results[0].batch_protocol())
     if test.interval is None or test.is_paired and a.losses.keys() != b.losses.keys():
         return test, None
-    x, y = a.token_nll.by_character(), b.token_nll.by_character()
+    return test, statistics.block_bootstrap(difference_by_character(a.token_nll, b.token_nll))
+
+
+def difference_by_character(a: TokenNLL, b: TokenNLL) -> statistics.Values:
+    """The first minus the second, in nats of each character of one text; nan where one of them was not scored."""
+    x, y = a.by_character(), b.by_character()
     length = min(len(x), len(y))
-    return test, statistics.block_bootstrap(x[:length] - y[:length])
+    return x[:length] - y[:length]
 
 
 def read_json(path: Path) -> dict[str, Any]:

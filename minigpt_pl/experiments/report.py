@@ -1,10 +1,9 @@
 """`minigpt report`: writes report.md and its plots from the results folder of a study, and from nothing else.
 
-The numbers are computed in `analysis`, the plots are drawn in `plots`.
+The numbers are computed in `analysis`, the plots are drawn in `plots`. Two runs are compared in `run_comparison`.
 """
 
 import html
-import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -14,16 +13,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from jsonargparse import ArgumentParser
 
+from minigpt_pl.checkpoint.run_dir import RunDir
 from minigpt_pl.experiments.analysis import StudyAnalysis, VariantResults
 from minigpt_pl.experiments.results import Result
+from minigpt_pl.experiments.run_comparison import compare_runs
 from minigpt_pl.experiments.spec import STUDY_FILE
-from minigpt_pl.experiments.statistics import Interval
+from minigpt_pl.experiments.tables import (
+    Columns,
+    align,
+    format_interval,
+    format_large,
+    format_p,
+    render_table,
+)
 from minigpt_pl.runtime.atomic_io import atomic_write
 from minigpt_pl.runtime.errors import UserError
 
 REPORT_FILE = "report.md"
 EQUAL_SIZE = 0.03  # relative difference in parameters up to which two models count as equally large
-Columns = dict[str, Callable[[Any], Any]]  # of a table: the head, and what it shows of the item in a row
 
 INTRODUCTION = """\
 Written by `python main.py report docs/results/{name}` from the files beside it; `docs/study.md` explains the numbers.
@@ -51,29 +58,6 @@ DIFFERENCES = """
 Named before anything ran. `over seeds`: 95 % interval for another training on this text; `over text`: for another text
 with these models; `corrected`: p after Holm's correction. The last columns: the first variant divided by the second.
 """
-
-
-def render_table(columns: Columns, items: Iterable[Any]) -> Iterator[str]:
-    """The lines of a table with a row for each item; all columns but the first are aligned to the right."""
-    yield f"| {' | '.join(columns)} |"
-    yield "|---|" + "--:|" * (len(columns) - 1)
-    for item in items:
-        yield f"| {' | '.join(str(cell(item)) for cell in columns.values())} |"
-
-
-def format_interval(interval: Interval | None, sign: str = "") -> str:
-    return "" if interval is None else f"{interval.low:{sign}.4f} ... {interval.high:{sign}.4f}"
-
-
-def format_large(number: float) -> str:
-    """A large number with three digits, such as 1.11 M."""
-    number = float(f"{number:.3g}")
-    power = max(0, int(math.log10(max(number, 1)) // 3))
-    return f"{number / 1000**power:.3g}{['', ' k', ' M', ' G', ' T', ' P', ' E'][power]}"
-
-
-def format_p(p: float) -> str:
-    return f"{p:.4f}" if p >= 0.00005 else "< 0.0001"
 
 
 VARIANTS: Columns = {
@@ -211,19 +195,21 @@ def overview(study: StudyAnalysis) -> str:
     for columns, items in ((VARIANTS, study.ranked()), (COMPARISONS, study.comparisons)):
         shown = {head: cell for head, cell in columns.items() if head in OVERVIEW}
         rows = [[*shown], *([str(cell(item)).strip("`*") for cell in shown.values()] for item in items)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows if items] + [""]
+        lines += [*align(rows), ""] if items else [""]
     return "\n".join(lines).strip()
 
 
 def run(command: str, options: list[str]) -> int:
-    """Writes report.md and the plots of a results folder."""
+    """Writes report.md and the plots of a results folder, or prints a comparison of two runs."""
     parser = ArgumentParser(prog=f"minigpt {command}", exit_on_error=False, description=__doc__)
-    parser.add_argument("folder", type=str, help="A results folder, such as docs/results/journey.")
-    folder = Path(parser.parse_args(options).folder)
-    if not (folder / STUDY_FILE).is_file():
-        remedy = "name a folder that minigpt study has written"
-        raise UserError(f"report {folder}: it holds no {STUDY_FILE}", remedy=remedy)
+    help = "The results of a study, such as docs/results/journey; or two run directories, to compare them."
+    parser.add_argument("folders", type=str, nargs="+", help=help)
+    folders = [Path(folder) for folder in parser.parse_args(options).folders]
+    if len(folders) > 1:
+        print(compare_runs(check_runs(folders)))
+        return 0
+    (folder,) = folders
+    check_results(folder)
     for module in ("scipy", "matplotlib"):
         if find_spec(module) is None:
             raise UserError(f"a report needs {module}", remedy='pip install "minigpt_pl[study]"')
@@ -233,3 +219,29 @@ def run(command: str, options: list[str]) -> int:
     atomic_write(folder / REPORT_FILE, render_report(study, draw_plots(study)).encode())
     print(f"{overview(study)}\n\n{folder / REPORT_FILE}")
     return 0
+
+
+def check_results(folder: Path) -> None:
+    """Raises UserError if a folder does not hold the results of a study."""
+    if (folder / STUDY_FILE).is_file():
+        return
+    if RunDir(folder, False).holds_run():
+        remedy = "name a second run to compare it with"
+        raise UserError(f"report {folder}: it holds a run, not the results of a study", remedy=remedy)
+    runs = sorted(path for path in folder.glob("*/") if RunDir(path, False).holds_run())
+    remedy = f"name two of the runs in it, such as {runs[0]}, or " if runs else ""
+    raise UserError(
+        f"report {folder}: it holds no {STUDY_FILE}", remedy=f"{remedy}name a folder that minigpt study has written"
+    )
+
+
+def check_runs(folders: list[Path]) -> list[Path]:
+    """The two run directories; UserError if they are not two, or one of them holds no run."""
+    if len(folders) > 2:
+        raise UserError(f"report compares two runs, not {len(folders)}", remedy="name two, or write a study")
+    for folder in folders:
+        if not RunDir(folder, False).holds_run():
+            kind = "the results of a study" if (folder / STUDY_FILE).is_file() else "no run"
+            remedy = "name two run directories, or one folder of results"
+            raise UserError(f"report {folder}: it holds {kind}", remedy=remedy)
+    return folders

@@ -37,6 +37,7 @@ from minigpt_pl.training.lit_modules import from_checkpoint
 RUNS_FILE, TOKEN_NLL_FILE = "runs.jsonl", "token_nll.npz"
 MAX_SCORED_TOKENS = 60_000  # a larger validation split is scored in evenly spaced windows
 MAX_STORED_EVALS = 200
+LOGGERS = ("wandb", "tensorboard")  # options that do not make a run another one
 SAMPLING = SamplingConfig(max_new_tokens=300, temperature=0.8)
 
 
@@ -140,7 +141,12 @@ class Result:
         """
         data, limit = self.config["data"], self.config["trainer"].get("limit_val_batches")
         estimator = ("full", data["max_eval_tokens"]) if data["eval_mode"] == "full" else ("sampled",)
-        return self.summary["data_sha256"], self.split_basis, data["train_frac"], data["test_frac"], limit, *estimator
+        return *self.text_protocol(), limit, *estimator
+
+    def text_protocol(self) -> tuple[Any, ...]:
+        """Which characters the validation split has; the first item is the hash of the whole text."""
+        data = self.config["data"]
+        return self.summary["data_sha256"], self.split_basis, data["train_frac"], data["test_frac"]
 
     def batch_protocol(self) -> tuple[Any, ...]:
         """What determines, with the seed, the batches of a run: equal seeds are pairs only if this is equal."""
@@ -162,9 +168,7 @@ def split_basis(data: dict[str, Any], tokenizer_sha256: str) -> str:
 
 def measure(run_dir: Path, name: str, seed: int, command: str, machine: str) -> tuple[Result, TokenNLL]:
     """Evaluates the best checkpoint of a run; UserError if there is none, or its text has changed or is gone."""
-    checkpoint = read_checkpoint(run_dir / BEST_CKPT)
-    net, data = from_checkpoint(checkpoint).net, datamodule_of(checkpoint["config"])
-    data.load_state_dict(checkpoint["TextDataModule"])  # its tokenizer, and the hash of its text
+    net, data = load_best(run_dir)
     summary = json.loads((run_dir / SUMMARY_FILE).read_text("utf-8"))
     config = json.loads(strip_paths(json.dumps(summary.pop("config"))))
     nll = score(net, data, seed)
@@ -172,6 +176,16 @@ def measure(run_dir: Path, name: str, seed: int, command: str, machine: str) -> 
     tokens = [token for (token,) in generate(net, data.tokenizer.encode_prompt(""), SAMPLING)]
     sample, rows = data.tokenizer.decode(tokens), subsample_metrics((run_dir / METRICS_FILE).read_text("utf-8"))
     return Result(name, seed, strip_paths(command), machine, config, summary, sample, rows), nll
+
+
+def load_best(run_dir: Path) -> tuple[GPT, TextDataModule]:
+    """The best model of a run, and its text; UserError if there is none, or the text has changed or is gone."""
+    checkpoint = read_checkpoint(run_dir / BEST_CKPT)
+    data, state = datamodule_of(checkpoint["config"]), checkpoint["TextDataModule"]
+    data.load_state_dict(state)  # its tokenizer, and the hash of its text
+    if Path(state["text_path"]).is_file():
+        data.path = state["text_path"]  # the run's relative path may be relative to another directory
+    return from_checkpoint(checkpoint).net, data
 
 
 @torch.inference_mode()
@@ -210,10 +224,10 @@ def strip_paths(text: str) -> str:
 
 
 def run_differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """The options that make two configurations different runs, a line each; W&B and the text's path do not."""
+    """The options that make two configurations different runs, a line each; loggers and the text's path do not."""
     for full_name, old, new in config_diff(before, now):
         name = option_name(full_name)
-        if not (name == "data.path" or name.startswith("wandb")):
+        if not (name == "data.path" or name.startswith(LOGGERS)):
             yield f"{name}: {old} -> {new}"
 
 

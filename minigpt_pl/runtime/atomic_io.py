@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, SAMPLES_FILE = "config.yaml", "metrics.csv", "summary.json", "samples.txt"
+TENSORBOARD_DIR = "tensorboard"
 TEMP_SUFFIX = ".writing"
 
 

@@ -31,6 +31,7 @@ from minigpt_pl.training.refused_callbacks import check_callbacks
 from minigpt_pl.training.resume import dropped_splits, resume_state
 from minigpt_pl.training.stopping import GracefulStop
 from minigpt_pl.training.summary import RunSummary
+from minigpt_pl.training.tensorboard import RunTensorBoardLogger, TensorBoardSamples, check_tensorboard
 
 
 def as_list(value: Any) -> list[Any]:
@@ -61,6 +62,8 @@ class FitRunner:
     ):
         self.run_dir, self.resuming, self.start, self.checkpoint = run_dir, resuming, start, checkpoint
         self.config, self.init = config, init
+        if init.tensorboard:
+            check_tensorboard()
         self.wandb_id = choose_run_id(init.wandb, checkpoint["wandb_id"] if resuming else None)
         self.forking = bool(checkpoint) and not resuming
         parent = (str(start), checkpoint["global_step"]) if self.forking else (None, None)
@@ -128,13 +131,16 @@ class FitRunner:
                     )
                 for text in filter(None, (note, data.subsampling_note("val"))):
                     rank_zero_print(text)
+                extra: list[Callback] = [WandbCallback(wandb_logger)] if wandb_logger else []
                 if trainer.is_global_zero:
                     dropped = dropped_splits(self.checkpoint, trainer.max_steps) if self.resuming else []
-                    path = self.run_dir / METRICS_FILE
-                    trainer.loggers = [ResumableCSVLogger(path, step if self.resuming else 0, dropped)]
-                    trainer.loggers += [wandb_logger] if wandb_logger else []
+                    csv = ResumableCSVLogger(self.run_dir / METRICS_FILE, step if self.resuming else 0, dropped)
+                    trainer.loggers = [csv, *([wandb_logger] if wandb_logger else [])]
+                    if self.init.tensorboard:
+                        tensorboard = RunTensorBoardLogger(self.run_dir, csv.rows)
+                        trainer.loggers += [tensorboard]
+                        extra += [TensorBoardSamples(tensorboard)]
                     trainer.loggers += [one for one in as_list(self.init.trainer.logger) if isinstance(one, Logger)]
-                extra = [WandbCallback(wandb_logger)] if wandb_logger else []
                 set_callbacks(trainer, [*trainer.callbacks, *extra])
                 trainer.fit(model, datamodule=data, ckpt_path=self.init.ckpt_path)
             except BaseException as error:

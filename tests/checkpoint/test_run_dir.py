@@ -1,13 +1,18 @@
 """A run's directory: which one is chosen, which are refused, the lock, and forks."""
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
 from conftest import Outcome
-from filelock import FileLock
+from filelock import FileLock, SoftFileLease
 from support.runs import SMALL, at_micro_batch, differences, interrupt, summary, train_small
 
 from minigpt_pl.checkpoint.run_dir import RunDir, resolve_run_dir
@@ -73,6 +78,54 @@ def test_the_lock_file_of_a_dead_process_does_not_matter(minigpt: Call, run: Pat
         assert "another process trains in it" in refused(minigpt, "--run_dir", run, "--ckpt_path", "last")
     (run / ".lock").write_text("left by a dead process")
     assert minigpt("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", 17).status == 0
+
+
+def lease_of_another_host(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease as a host of another name leaves it. Here leases end after a second."""
+    monkeypatch.setattr("minigpt_pl.checkpoint.run_dir.LEASE_SECONDS", 1.0)
+    with SoftFileLease(path, lease_duration=1.0):
+        content, times = re.subn(r"(?m)^host=.*$", "host=elsewhere", path.read_text())
+    assert times == 1
+    path.write_text(content)
+
+
+def test_on_a_file_system_that_shares_no_locks_a_lease_keeps_other_hosts_out(
+    minigpt: Call, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as it is refreshed. That of a host which has died ends, and the run resumes."""
+    lease_of_another_host(run / ".lease", monkeypatch)
+    resume, has_died = ("--run_dir", run, "--ckpt_path", "last"), Event()
+
+    def refresh() -> None:
+        while not has_died.wait(0.1):
+            os.utime(run / ".lease")
+
+    other_host = Thread(target=refresh)
+    other_host.start()
+    try:
+        assert "another process trains in it" in refused(minigpt, *resume)
+    finally:
+        has_died.set()
+        other_host.join()
+    assert minigpt("fit", *resume, "--trainer.max_steps", 17).status == 0
+    assert not list(run.glob(".l*"))
+
+
+def test_a_process_that_has_lost_its_lease_ends_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was suspended, and another host has taken the directory over."""
+    lease_of_another_host(tmp_path / "other", monkeypatch)
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom minigpt_pl.checkpoint import run_dir\n"
+        "run_dir.LEASE_SECONDS, run = 1.0, Path(sys.argv[1], 'run')\n"
+        "with run_dir.RunDir(run, True).lock():\n"
+        "    Path(sys.argv[1], 'other').replace(run / '.lease')\n    time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    problem = "another host has taken it over while this process stood still; use another --run_dir"
+    assert (done.returncode, done.stderr) == (2, f"error: run_dir {tmp_path / 'run'}: {problem}\n")
+    assert "elsewhere" in (tmp_path / "run" / ".lease").read_text()
 
 
 def test_a_run_that_another_process_started_meanwhile_is_not_overwritten(

@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 
 from minigpt_pl.experiments.analysis import StudyAnalysis
 from minigpt_pl.experiments.plots import draw_plots, plot_curves, plot_experts
-from minigpt_pl.experiments.report import format_large, render_report
+from minigpt_pl.experiments.report import render_report
 from minigpt_pl.experiments.results import Result, TokenNLL, add_result, read_results, read_token_nll, write_files
 from minigpt_pl.experiments.spec import STUDY_FILE, resolve_config
+from minigpt_pl.experiments.tables import format_large
 from minigpt_pl.runtime.errors import UserError
 
 COMMITTED = sorted(path.parent for path in PROJECT.glob(f"docs/results/*/{STUDY_FILE}"))

@@ -21,8 +21,7 @@ import yaml
 from conftest import PROJECT, Outcome
 from support.runs import differences
 
-from minigpt_pl.experiments import results, runner, spec
-from minigpt_pl.experiments.runner import threads_of
+from minigpt_pl.experiments import results, spec, tasks
 from minigpt_pl.experiments.spec import Study, plan, read_study, resolve_config
 from minigpt_pl.experiments.statistics import MIN_SEEDS_COMPARISON
 from minigpt_pl.runtime.errors import UserError
@@ -36,7 +35,7 @@ OUT = Path("docs/results/trial")
 def directory(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with text.txt. Studies compute on one thread, as the tests share the cores."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner, "threads_of", lambda jobs: 1)
+    monkeypatch.setattr(tasks, "count_cores", lambda: 1)
     return tmp_path
 
 
@@ -302,7 +301,7 @@ def test_a_stopped_study_resumes_bit_exactly(directory: Path, minigpt: MiniGPT) 
     assert "a-1337 resumes" in done.stdout
     uninterrupted = subprocess.run(
         [*command[:3], "fit", *read_study(path).variants["a"].args, "--run_dir", "uninterrupted"],
-        env=env | {"OMP_NUM_THREADS": str(threads_of(2))},
+        env=env | {"OMP_NUM_THREADS": str(max(1, tasks.count_cores() // 2))},
     )
     assert uninterrupted.returncode == 0
     assert differences(Path("uninterrupted"), run_dirs[0]) == []

@@ -131,7 +131,7 @@ def interrupt() -> None:
 
 def snapshot(run_dir: Path, to: Path) -> Callable[[], None]:
     """A function that copies the directory of a run, as SIGKILL would leave it."""
-    return lambda: shutil.copytree(run_dir, to, ignore=shutil.ignore_patterns(".lock"))
+    return lambda: shutil.copytree(run_dir, to, ignore=shutil.ignore_patterns(".lock", ".lease"))
 
 
 def rows_of(run: Path) -> list[dict[str, str]]:
