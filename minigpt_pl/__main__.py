@@ -17,6 +17,7 @@ COMMANDS = {  # name: (module, what the command does); each module has run(comma
     "report": ("minigpt_pl.experiments.report", "write a report on the results of a study"),
     "baselines": ("minigpt_pl.cli.baselines", "score n-gram models and xz on a text"),
     "export": ("minigpt_pl.cli.export", "convert a checkpoint to a Hugging Face folder"),
+    "import": ("minigpt_pl.cli.import_folder", "convert such a folder back to a checkpoint"),
     "doctor": ("minigpt_pl.cli.doctor", "check that training works on this machine"),
 }
 OTHER_NAMES = {  # words of other tools: the command that does this here
