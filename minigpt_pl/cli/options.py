@@ -73,10 +73,11 @@ FIT_ONLY = {
     "val_check_interval", "check_val_every_n_epoch", "max_epochs", "enable_model_summary", "logger",
 }  # fmt: skip
 """Trainer options that only `fit` has."""
-FIT_GROUPS = {"early_stopping", "checkpoint", "samples", "wandb"}
+FIT_GROUPS = {"early_stopping", "checkpoint", "samples", "wandb", "init_from"}
 SECTIONS = ("fit", "validate", "test", "predict")
 
 
+INIT_FROM_HELP = "Checkpoint from which a new run takes weights and sizes, at step 0; its text may be another one."
 MODEL_HELP = "ModernLM, ClassicLM, AblationLM (a stage between the two), or module.Class of your own."
 
 
@@ -106,6 +107,7 @@ def option_specs(command: str, *user_classes: Any) -> dict[str, OptionSpec]:
         "config": OptionSpec(str, help="YAML file, or a shipped one such as modern or journey/p2_refine."),
         "run_dir": OptionSpec(str, "", run_dir),
         "ckpt_path": OptionSpec(str, None, f"Checkpoint to start from: {start}."),
+        **({"init_from": OptionSpec(str, "", INIT_FROM_HELP)} if fits else {}),
         "seed_everything": OptionSpec(Seed, help="Seed of everything in a run that is random."),
         "print_config": OptionSpec(None, help="Print the resolved configuration, as a file for --config, and exit."),
         "model": OptionSpec(type, "ModernLM", MODEL_HELP),

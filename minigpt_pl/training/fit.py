@@ -48,6 +48,7 @@ class FitRunner:
         checkpoint: Contents of that checkpoint, or empty.
         config: The whole resolved configuration.
         init: The objects built from it.
+        weights_from: Path and step of the checkpoint whose weights a new run starts from, if it does.
     """
 
     def __init__(
@@ -58,12 +59,13 @@ class FitRunner:
         checkpoint: dict[str, Any],
         config: dict[str, Any],
         init: Any,
+        weights_from: tuple[str | None, int | None] = (None, None),
     ):
         self.run_dir, self.resuming, self.start, self.checkpoint = run_dir, resuming, start, checkpoint
         self.config, self.init = config, init
         self.wandb_id = choose_run_id(init.wandb, checkpoint["wandb_id"] if resuming else None)
         self.forking = bool(checkpoint) and not resuming
-        parent = (str(start), checkpoint["global_step"]) if self.forking else (None, None)
+        parent = (str(start), checkpoint["global_step"]) if self.forking else weights_from
         self.summary = RunSummary(config, *parent)
         max_time = init.trainer.max_time
         seconds = None if max_time is None else Timer(max_time).time_remaining()  # it parses DD:HH:MM:SS

@@ -69,7 +69,7 @@ class RunSummary(Callback):
 
     Args:
         config: The whole resolved configuration.
-        parent: The checkpoint that a fork starts from, or None.
+        parent: The checkpoint that a fork, or the weights of a new run, start from, or None.
         parent_step: Its step.
     """
 
