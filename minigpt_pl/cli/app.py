@@ -30,7 +30,7 @@ from minigpt_pl.generation.generate import SamplingConfig
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
 from minigpt_pl.runtime.quiet import silence_libraries
-from minigpt_pl.runtime.ranges import Seed
+from minigpt_pl.runtime.ranges import OpenUnitInterval, Seed
 from minigpt_pl.runtime.user_classes import import_path
 from minigpt_pl.training import sampling
 from minigpt_pl.training.checkpointing import CheckpointConfig
@@ -138,6 +138,7 @@ class MiniGPTCLI(LightningCLI):
         if self.fits:
             parser.add_class_arguments(CheckpointConfig, "checkpoint")
             parser.add_argument("--init_from", type=str, default="")
+            parser.add_argument("--ema_decay", type=OpenUnitInterval | None, default=None)
             parser.add_argument("--early_stopping", type=ValLossEarlyStopping | None)
             parser.add_argument("--samples", type=sampling.SampleCallback | None, default=None)
             parser.add_argument("--wandb", type=WandbConfig | None, default=WandbConfig())

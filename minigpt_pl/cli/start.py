@@ -86,12 +86,15 @@ def changes(
     """
     if path is None:
         return {}
-    default = {"data_class": "TextDataModule", "init_from": ""} if fits else {"data_class": "TextDataModule"}
+    default: dict[str, Any] = {"data_class": "TextDataModule"}
+    default |= {"init_from": "", "ema_decay": None} if fits else {}
     names, configs = {*base, *default}, (checkpoint["config"], resolved)
     before, after = ({k: v for k, v in (default | config).items() if k in names} for config in configs)
     fixed = before["model"]["init_args"].keys() - MODELS[class_name(after)].mutable_args
     fixed = {"model", *(f"model.{name}" for name in fixed), *IMMUTABLE_DATA}
     fixed |= {"data.test_frac", "init_from"} if fits else set()
+    if resolved.get("ema_decay") is None:  # the weights are an average; switching it on later is possible
+        fixed.add("ema_decay")
     lines = {}
     for full_name, old, new in config_diff(before, after):
         if (name := option_name(full_name)) in fixed:

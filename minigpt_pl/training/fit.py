@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar as LightningBar
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import Timer, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -20,6 +20,7 @@ from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.atomic_io import METRICS_FILE
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
+from minigpt_pl.training.averaging import WeightAverage
 from minigpt_pl.training.callbacks import StepSeeder
 from minigpt_pl.training.checkpointing import BestCheckpoint, LastCheckpoint, SaveConfig
 from minigpt_pl.training.lit_modules import LanguageModel
@@ -75,6 +76,11 @@ class FitRunner:
         """The user's callbacks and ours, in the order in which they must act."""
         init, run_dir = self.init, str(self.run_dir)
         check_callbacks(others)
+        if init.ema_decay is not None:
+            if any(isinstance(callback, WeightAveraging) for callback in others):
+                remedy = "use one of them"
+                raise UserError("a callback averages too", option="ema_decay", value=init.ema_decay, remedy=remedy)
+            others = [WeightAverage(init.ema_decay), *others]
         if init.trainer.fast_dev_run:
             return [*others, StepSeeder(), TrainMetrics()]
         own_bar = init.trainer.enable_progress_bar is False or any(isinstance(c, LightningBar) for c in others)
