@@ -77,8 +77,8 @@ FIT_GROUPS = {"early_stopping", "checkpoint", "samples", "wandb", "init_from", "
 SECTIONS = ("fit", "validate", "test", "predict")
 
 
-INIT_FROM_HELP = "Checkpoint from which a new run takes weights and sizes, at step 0; its text may be another one."
-EMA_HELP = "Evaluate and save an average of the weights over about 1 / (1 - ema_decay) steps; null for none."
+INIT_FROM_HELP = "Checkpoint whose weights a new run begins with, also on another text."
+EMA_HELP = "Evaluate and save an EMA of the weights with this decay; null for none."
 MODEL_HELP = "ModernLM, ClassicLM, AblationLM (a stage between the two), or module.Class of your own."
 
 
