@@ -20,6 +20,7 @@ COMMANDS = {  # name: (module, what the command does); each module has run(comma
     "chat": ("minigpt_pl.cli.chat", "write with a model in the terminal, line by line"),
     "copies": ("minigpt_pl.cli.copies", "how much of what a model writes stands in its training text"),
     "page": ("minigpt_pl.page.command", "write an HTML page that runs a model, or compares runs"),
+    "import": ("minigpt_pl.cli.import_folder", "convert such a folder back to a checkpoint"),
     "doctor": ("minigpt_pl.cli.doctor", "check that training works on this machine"),
 }
 OTHER_NAMES = {  # words of other tools: the command that does this here

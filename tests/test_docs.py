@@ -100,6 +100,7 @@ def assert_parses(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_export_and_baselines_run(minigpt: Callable[..., Outcome], trained: Path, tmp_path: Path) -> None:
     """And every other command that neither trains nor needs a parser of its own."""
+    exported = tmp_path
     for number, (_, command) in enumerate(COMMANDS):
         args = minigpt_args(command)
         if not args or args[0] in NOT_RUN or "--serve" in args:
@@ -111,10 +112,13 @@ def test_export_and_baselines_run(minigpt: Callable[..., Outcome], trained: Path
             "--out": tmp_path / str(number),
             "--data.path": trained / "my.txt",
         }
+        if args[0] == "import":  # what the page's last export wrote
+            args[1] = str(exported)
         for option, path in replaced.items():
             if option in args:
                 args[args.index(option) + 1] = str(path)
         args = [str(trained) if arg == "runs" else arg for arg in args]
+        exported = tmp_path / str(number) if args[0] == "export" else exported
         result = minigpt(*args)
         assert result.status == 0, f"{command}: {result.err}"
 

@@ -242,6 +242,10 @@ CASES = {
         ("export --out NEW", "export needs a checkpoint; use --ckpt_path FILE, or --run_dir DIR --ckpt_path best (or last)"),
         ("export --run_dir elsewhere --out NEW", "ckpt_path best: there is no elsewhere/best.ckpt; name a checkpoint that minigpt wrote"),
         ("export --run_dir run --ckpt_path none.ckpt --out NEW", "--ckpt_path none.ckpt: the file does not exist; name a checkpoint that minigpt wrote"),
+        (f"{FIT} --init_from none.ckpt --run_dir NEW", "--init_from none.ckpt: the file does not exist; name a checkpoint that minigpt wrote"),
+        (f"{FIT} --init_from run/best.ckpt --run_dir NEW --model.n_embd 32", "--model.n_embd 32: run/best.ckpt was trained with 16; leave it out: its weights have this size"),
+        ("fit --run_dir run --ckpt_path last --init_from run/best.ckpt", "--init_from run/best.ckpt: the weights are those of run/last.ckpt, which the run continues; use either --init_from or --ckpt_path"),
+        ("import run --out NEW.ckpt", "import run: config.json cannot be read (No such file or directory); name a folder that minigpt export wrote"),
         ("test --ckpt_path run/best.ckpt", "data.test_frac 0: the text has no test split; set the share of the text to test on"),
     ],
     "Sampling": [

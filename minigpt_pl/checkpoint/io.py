@@ -25,6 +25,8 @@ MODEL_KEYS = {"state_dict", "global_step", "config", "vocab_size"}
 """What a checkpoint of any Lightning callback has, if it holds a LanguageModel."""
 RUN_KEYS = {*MODEL_KEYS, "optimizer_states", "callbacks", "loops", "digest", "wandb_id"}
 """What a checkpoint of `minigpt fit` has."""
+TRAINED_WEIGHTS = "trained_weights"
+"""Of a run that averages its weights, whose state_dict is the average: what it resumes from."""
 TEXT_KEYS = {"tokenizer", "tokenizer_sha256", "text_path", "text_sha256"}
 """Of the state of a TextDataModule. Lightning stores it under the name of its class, which may be the user's own."""
 
@@ -43,8 +45,9 @@ def iter_tensors(node: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]
 
 def tensor_digest(checkpoint: dict[str, Any]) -> str:
     """A hash of the weights' and the optimizer states' tensors: names, types, shapes and every byte."""
+    covered = ("state_dict", "optimizer_states", TRAINED_WEIGHTS)
     digest = hashlib.blake2b(digest_size=32)
-    for name, tensor in iter_tensors({key: checkpoint.get(key) for key in ("state_dict", "optimizer_states")}):
+    for name, tensor in iter_tensors({key: checkpoint.get(key) for key in covered}):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -21,6 +21,7 @@ from minigpt_pl.checkpoint.run_dir import resolve_run_dir
 from minigpt_pl.cli import classes, config_files, errors, help, options
 from minigpt_pl.cli.environment import apply_environment
 from minigpt_pl.cli.export import export_note
+from minigpt_pl.cli.initial_weights import initial_weights
 from minigpt_pl.cli.prompts import PredictConfig, encode_prompts
 from minigpt_pl.cli.start import changes, find_start, path_option, read_start
 from minigpt_pl.data.datamodule import TextDataModule
@@ -29,7 +30,7 @@ from minigpt_pl.generation.generate import SamplingConfig
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
 from minigpt_pl.runtime.quiet import silence_libraries
-from minigpt_pl.runtime.ranges import Seed
+from minigpt_pl.runtime.ranges import OpenUnitInterval, Seed
 from minigpt_pl.runtime.user_classes import import_path
 from minigpt_pl.training import sampling
 from minigpt_pl.training.checkpointing import CheckpointConfig
@@ -78,6 +79,8 @@ class MiniGPTCLI(LightningCLI):
             self.ckpt_path = find_start(start, self.run_dir_option, command)
             data_class = classes.named_classes(self.user_options).get("data")
             self.checkpoint, self.base = read_start(self.ckpt_path, self.args, self.fits, data_class)
+            self.initial = initial_weights(self.user_options, self.args, data_class, self.checkpoint)
+            self.base = self.base or self.initial.config
             self.data_class = data_class or classes.data_class(self.base)
             model = MODELS[classes.class_name(self.base)] if self.base else ModernLM
             errors.check_options(self.user_options, command, model, self.data_class or TextDataModule)
@@ -134,6 +137,8 @@ class MiniGPTCLI(LightningCLI):
         parser.link_arguments("seed_everything", f"{self.data_group}.seed")
         if self.fits:
             parser.add_class_arguments(CheckpointConfig, "checkpoint")
+            parser.add_argument("--init_from", type=str, default="")
+            parser.add_argument("--ema_decay", type=OpenUnitInterval | None, default=None)
             parser.add_argument("--early_stopping", type=ValLossEarlyStopping | None)
             parser.add_argument("--samples", type=sampling.SampleCallback | None, default=None)
             parser.add_argument("--wandb", type=WandbConfig | None, default=WandbConfig())
@@ -146,6 +151,7 @@ class MiniGPTCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config, self.resolved = self.parse(parser, self.base)
         errors.check_config(self.resolved)
+        self.initial.check(self.resolved)
         if self.resolved.get("wandb"):
             self.resolved["wandb"]["id"] = None  # whoever repeats the options, or forks, starts another run
         unused = errors.unused_options(self.user_options, self.resolved, self.command)
@@ -202,7 +208,8 @@ class MiniGPTCLI(LightningCLI):
         callbacks, self.io = as_list(init.trainer.callbacks), AtomicCheckpointIO()
         if self.fits:
             self.use_steps(init)
-            self.training = FitRunner(self.run_dir, self.resuming, self.ckpt_path, self.checkpoint, self.resolved, init)
+            start = (self.ckpt_path, self.checkpoint)
+            self.training = FitRunner(self.run_dir, self.resuming, *start, self.resolved, init, self.initial.parent)
             callbacks = self.training.callbacks(callbacks)
             kwargs |= self.training.trainer_options()
         else:
@@ -234,6 +241,7 @@ class MiniGPTCLI(LightningCLI):
             self.datamodule.read()  # an unusable text is reported before anything else is printed
         if self.fits:
             init.ckpt_path = str(self.ckpt_path) if self.checkpoint else None
+            self.notes += self.initial.copy_into(self.model, self.datamodule)
             return
         self.model.load_state_dict(self.checkpoint["state_dict"])
         if self.command == "test" and self.datamodule.config.test_frac == 0:

@@ -35,7 +35,8 @@ RARE = {
 }  # fmt: skip
 """Options that only the help of their group lists."""
 METAVARS = {
-    "config": "FILE", "run_dir": "DIR", "ckpt_path": "FILE", "model": "CLASS", "print_config": "", "wandb.tags": "A,B",
+    "config": "FILE", "run_dir": "DIR", "ckpt_path": "FILE", "init_from": "FILE", "model": "CLASS", "print_config": "",
+    "wandb.tags": "A,B",
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from minigpt_pl.cli.classes import config_classes
 from minigpt_pl.cli.prompts import PredictConfig
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.runtime.errors import UserError
-from minigpt_pl.runtime.ranges import PositiveFloat, PositiveInt, Seed
+from minigpt_pl.runtime.ranges import OpenUnitInterval, PositiveFloat, PositiveInt, Seed
 from minigpt_pl.runtime.user_classes import own_arguments
 from minigpt_pl.training.checkpointing import CheckpointConfig
 from minigpt_pl.training.lit_modules import AblationLM, ClassicLM, ModernLM
@@ -73,10 +73,12 @@ FIT_ONLY = {
     "val_check_interval", "check_val_every_n_epoch", "max_epochs", "enable_model_summary", "logger",
 }  # fmt: skip
 """Trainer options that only `fit` has."""
-FIT_GROUPS = {"early_stopping", "checkpoint", "samples", "wandb", "tensorboard"}
+FIT_GROUPS = {"early_stopping", "checkpoint", "samples", "wandb", "tensorboard", "init_from", "ema_decay"}
 SECTIONS = ("fit", "validate", "test", "predict")
 
 
+INIT_FROM_HELP = "Checkpoint whose weights a new run begins with, also on another text."
+EMA_HELP = "Evaluate and save an EMA of the weights with this decay; null for none."
 MODEL_HELP = "ModernLM, ClassicLM, AblationLM (a stage between the two), or module.Class of your own."
 
 
@@ -106,6 +108,8 @@ def option_specs(command: str, *user_classes: Any) -> dict[str, OptionSpec]:
         "config": OptionSpec(str, help="YAML file, or a shipped one such as modern or journey/p2_refine."),
         "run_dir": OptionSpec(str, "", run_dir),
         "ckpt_path": OptionSpec(str, None, f"Checkpoint to start from: {start}."),
+        **({"init_from": OptionSpec(str, "", INIT_FROM_HELP)} if fits else {}),
+        **({"ema_decay": OptionSpec(OpenUnitInterval | None, None, EMA_HELP)} if fits else {}),
         "seed_everything": OptionSpec(Seed, help="Seed of everything in a run that is random."),
         "print_config": OptionSpec(None, help="Print the resolved configuration, as a file for --config, and exit."),
         "model": OptionSpec(type, "ModernLM", MODEL_HELP),

@@ -86,15 +86,21 @@ def changes(
     """
     if path is None:
         return {}
-    default = {"data_class": "TextDataModule"}
+    default: dict[str, Any] = {"data_class": "TextDataModule"}
+    default |= {"init_from": "", "ema_decay": None} if fits else {}
     names, configs = {*base, *default}, (checkpoint["config"], resolved)
     before, after = ({k: v for k, v in (default | config).items() if k in names} for config in configs)
     fixed = before["model"]["init_args"].keys() - MODELS[class_name(after)].mutable_args
     fixed = {"model", *(f"model.{name}" for name in fixed), *IMMUTABLE_DATA}
     fixed |= {"data.test_frac"} if fits else set()
+    if resolved.get("ema_decay") is None:  # the weights are an average; switching it on later is possible
+        fixed.add("ema_decay")
     lines = {}
     for full_name, old, new in config_diff(before, after):
-        if (name := option_name(full_name)) in fixed:
+        if (name := option_name(full_name)) == "init_from":
+            problem = f"the weights are those of {path}, which the run continues"
+            raise UserError(problem, option=name, value=new, remedy="use either --init_from or --ckpt_path")
+        if name in fixed:
             problem = f"{path} was trained with {str(old).removeprefix('minigpt_pl.')}"
             raise UserError(problem, option=name, value=new, remedy="leave it out, or train a new model")
         lines[name] = f"{name}: {old} -> {new}"

@@ -43,7 +43,7 @@ class DataConfig:
         sampling: random draws training windows from anywhere, with replacement; epoch shuffles adjacent windows.
         token_noise: Share of the training inputs that are replaced by random tokens, against memorising the text.
         num_workers: Processes that prepare batches, beside the training process.
-        allow_data_change: Resume even if the text is not the one that the checkpoint was trained on.
+        allow_data_change: Resume on a text that is not the checkpoint's.
 
     Raises:
         UserError: If a value is out of its range.

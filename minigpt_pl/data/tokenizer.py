@@ -159,6 +159,11 @@ def line_pattern(max_line: int) -> str:
     return rf"[^\n]{{0,{max_line - 1}}}\n|[^\n]{{1,{max_line}}}"
 
 
+def max_line_of(pattern: str) -> int:
+    """The `max_line` of a `line_pattern`."""
+    return int(pattern.rpartition(",")[2].rstrip("}"))
+
+
 def iter_lines(chunks: Iterable[str], max_line: int | None) -> Iterator[list[str]]:
     """The lines of a text that is given in chunks, each with its newline; lines above `max_line` are cut.
 

@@ -30,16 +30,22 @@ class RotaryEmbedding(nn.Module):
         if head_width % 2:
             raise ValueError(f"the head width n_embd / n_head is {head_width}: rotary positions need an even one")
         self.theta = theta
-        rates = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
-        angles = torch.arange(block_size, dtype=torch.float32)[:, None] * rates  # (T, D / 2)
         # Not persistent: they follow from the sizes, so a checkpoint need not hold them.
-        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], -1), persistent=False)  # (T, D)
-        # The sign of the first half is stored with the sines, so that a rotation is one roll and one addcmul.
-        self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], -1), persistent=False)
+        cos, sin = rotary_cos_sin(torch.arange(block_size), head_width, theta)  # (T, D)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+
+def rotary_cos_sin(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (..., D) of positions (...), in fp32; the sign of a rotation's first half is in the sines."""
+    rates = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32, device=positions.device) / head_width)
+    angles = positions.float().unsqueeze(-1) * rates  # (..., D / 2)
+    # With that sign a rotation is one roll and one addcmul.
+    return torch.cat([angles.cos(), angles.cos()], -1), torch.cat([-angles.sin(), angles.sin()], -1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the heads x (..., D) by the angles of cos and sin, as RotaryEmbedding holds them."""
+    """Rotates the heads x (..., D) by the angles of `rotary_cos_sin`."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).type_as(x)
 
 

@@ -11,20 +11,25 @@ from torch import Tensor, nn
 from minigpt_pl.models.attention import KVCache
 
 
-class CausalDepthwiseConv(torch.autograd.Function):
-    """x plus a weighted sum of its last K positions, channel by channel, in few passes over memory.
+def causal_depthwise_conv(padded: Tensor, weight: Tensor) -> Tensor:
+    """x (B, T, C) plus a weighted sum of its last K positions, channel by channel.
 
     padded (B, K - 1 + T, C) begins with what came before x; row j of weight (K, C) is for j positions back.
     """
+    reach = len(weight) - 1
+    y = padded[:, reach:] * (1 + weight[0])
+    for back in range(1, len(weight)):
+        y.addcmul_(padded[:, reach - back : -back], weight[back])
+    return y
+
+
+class CausalDepthwiseConv(torch.autograd.Function):
+    """`causal_depthwise_conv` with a gradient in few passes over memory."""
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(padded, weight)
-        reach = len(weight) - 1
-        y = padded[:, reach:] * (1 + weight[0])  # (B, T, C)
-        for back in range(1, len(weight)):
-            y.addcmul_(padded[:, reach - back : -back], weight[back])
-        return y
+        return causal_depthwise_conv(padded, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar as LightningBar
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import Timer, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -20,6 +20,7 @@ from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.atomic_io import METRICS_FILE
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
+from minigpt_pl.training.averaging import WeightAverage
 from minigpt_pl.training.callbacks import StepSeeder
 from minigpt_pl.training.checkpointing import BestCheckpoint, LastCheckpoint, SaveConfig
 from minigpt_pl.training.lit_modules import LanguageModel
@@ -49,6 +50,7 @@ class FitRunner:
         checkpoint: Contents of that checkpoint, or empty.
         config: The whole resolved configuration.
         init: The objects built from it.
+        weights_from: Path and step of the checkpoint whose weights a new run starts from, if it does.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class FitRunner:
         checkpoint: dict[str, Any],
         config: dict[str, Any],
         init: Any,
+        weights_from: tuple[str | None, int | None] = (None, None),
     ):
         self.run_dir, self.resuming, self.start, self.checkpoint = run_dir, resuming, start, checkpoint
         self.config, self.init = config, init
@@ -66,7 +69,7 @@ class FitRunner:
             check_tensorboard()
         self.wandb_id = choose_run_id(init.wandb, checkpoint["wandb_id"] if resuming else None)
         self.forking = bool(checkpoint) and not resuming
-        parent = (str(start), checkpoint["global_step"]) if self.forking else (None, None)
+        parent = (str(start), checkpoint["global_step"]) if self.forking else weights_from
         self.summary = RunSummary(config, *parent)
         max_time = init.trainer.max_time
         seconds = None if max_time is None else Timer(max_time).time_remaining()  # it parses DD:HH:MM:SS
@@ -76,6 +79,11 @@ class FitRunner:
         """The user's callbacks and ours, in the order in which they must act."""
         init, run_dir = self.init, str(self.run_dir)
         check_callbacks(others)
+        if init.ema_decay is not None:
+            if any(isinstance(callback, WeightAveraging) for callback in others):
+                remedy = "use one of them"
+                raise UserError("a callback averages too", option="ema_decay", value=init.ema_decay, remedy=remedy)
+            others = [WeightAverage(init.ema_decay), *others]
         if init.trainer.fast_dev_run:
             return [*others, StepSeeder(), TrainMetrics()]
         own_bar = init.trainer.enable_progress_bar is False or any(isinstance(c, LightningBar) for c in others)

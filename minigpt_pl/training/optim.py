@@ -29,7 +29,7 @@ class OptimizerConfig:
         weight_decay: Weight decay of every parameter.
         lr_schedule: cosine, after a warm-up, or constant.
         warmup_steps: Updates in the warm-up; null for max(50, max_steps // 20).
-        optimizer: adamw, or muon for the matrices in the blocks and adamw for all else.
+        optimizer: adamw, or muon for the matrices in blocks and adamw for the rest.
         muon_lr: Peak learning rate of Muon's matrices.
     """
 

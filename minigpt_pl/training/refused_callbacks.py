@@ -21,7 +21,7 @@ REFUSED: dict[type[Callback], tuple[str, str]] = {
     ),
     callbacks.StochasticWeightAveraging: (
         "it counts epochs, and no evaluation would see its weights",
-        "use --trainer.callbacks EMAWeightAveraging",
+        "use --ema_decay 0.99",
     ),
     callbacks.GradientAccumulationScheduler: (
         "the micro-batches of a step must not change",

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule
 from minigpt_pl.generation.generate import SamplingConfig, generate
 from minigpt_pl.runtime.atomic_io import SAMPLES_FILE, atomic_write
 from minigpt_pl.runtime.ranges import NonNegativeFinite, PositiveInt, TokenCount
+from minigpt_pl.training.averaging import averaged_weights
 
 SAMPLE_HEADER = "=== step "
 """Before each sample in samples.txt, with the step."""
@@ -53,7 +54,8 @@ class SampleCallback(Callback):
         step = trainer.global_step
         due = step // trainer.datamodule.config.eval_every % self.every_n_evals == 0 or step >= trainer.max_steps
         if trainer.is_global_zero and due:
-            text = generate_sample(trainer, pl_module, self.prompt, self.sampling)
+            with averaged_weights(trainer, pl_module):
+                text = generate_sample(trainer, pl_module, self.prompt, self.sampling)
             with Path(trainer.default_root_dir, SAMPLES_FILE).open("a", encoding="utf-8", newline="") as file:
                 file.write(format_sample(step, text))
 

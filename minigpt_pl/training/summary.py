@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from minigpt_pl.runtime.atomic_io import SUMMARY_FILE, atomic_write
 from minigpt_pl.runtime.errors import DivergenceError
 from minigpt_pl.runtime.user_classes import user_class_args
+from minigpt_pl.training.averaging import averaged_weights
 from minigpt_pl.training.callbacks import get_callback
 from minigpt_pl.training.checkpointing import BestCheckpoint
 from minigpt_pl.training.metrics import TrainMetrics
@@ -69,7 +70,7 @@ class RunSummary(Callback):
 
     Args:
         config: The whole resolved configuration.
-        parent: The checkpoint that a fork starts from, or None.
+        parent: The checkpoint that a fork, or the weights of a new run, start from, or None.
         parent_step: Its step.
     """
 
@@ -135,7 +136,7 @@ class RunSummary(Callback):
     def _final_train_loss(self, trainer: Any, pl_module: Any) -> float:
         was_training, nats, tokens = pl_module.net.training, 0.0, 0
         pl_module.net.eval()
-        with trainer.precision_plugin.val_step_context():  # as in an evaluation
+        with averaged_weights(trainer, pl_module), trainer.precision_plugin.val_step_context():  # as in an evaluation
             for inputs, targets, counts in trainer.datamodule.train_eval_batches():
                 nll = pl_module.sequence_nll(inputs.to(pl_module.device), targets.to(pl_module.device))  # (B,)
                 nats, tokens = nats + nll.cpu().double().sum().item(), tokens + int(counts[:, 0].sum())
