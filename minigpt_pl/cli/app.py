@@ -28,11 +28,13 @@ from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.generation.generate import SamplingConfig
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
+from minigpt_pl.runtime.output import report_of_finished_work
 from minigpt_pl.runtime.quiet import silence_libraries
 from minigpt_pl.runtime.ranges import Seed
 from minigpt_pl.runtime.user_classes import import_path
 from minigpt_pl.training import sampling
 from minigpt_pl.training.checkpointing import CheckpointConfig
+from minigpt_pl.training.compiling import check_compiler
 from minigpt_pl.training.fit import FitRunner, as_list
 from minigpt_pl.training.lit_modules import MODELS, LanguageModel, ModernLM
 from minigpt_pl.training.loggers import WandbConfig
@@ -192,8 +194,7 @@ class MiniGPTCLI(LightningCLI):
             self.prepare()
         except CONFIG_ERRORS as error:
             raise errors.as_user_error(error, self.user_options) from error
-        for note in self.notes:
-            rank_zero_print(note)
+        rank_zero_print(*self.notes)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         init = self.config_init[self.command]
@@ -231,6 +232,8 @@ class MiniGPTCLI(LightningCLI):
         init = self.config_init[self.command]
         if self.command != "predict":
             self.datamodule.read()  # an unusable text is reported before anything else is printed
+        if self.model.config.compile:
+            check_compiler(self.trainer.strategy.root_device)
         if self.fits:
             init.ckpt_path = str(self.ckpt_path) if self.checkpoint else None
             return
@@ -258,10 +261,15 @@ class MiniGPTCLI(LightningCLI):
             self.close()
 
     def close(self) -> None:
-        """The end of a run: exit status, a table, and a sample of the best model."""
+        """The end of a run: the exit status, and a report."""
         if not self.trainer.is_global_zero:
             return
         self.status = {"interrupted": 130, "terminated": 143}.get(self.training.stops.reason or "", 0)
+        with report_of_finished_work():
+            self.report()
+
+    def report(self) -> None:
+        """Prints a table, and a sample of the best model."""
         if self.training.summary.written is None:
             done = f"trainer.max_steps {self.trainer.max_steps}"
             print(f"{self.run_dir} has already reached {done}: nothing is left to train")
@@ -281,8 +289,7 @@ class MiniGPTCLI(LightningCLI):
         self.evaluate("test", self.trainer.test)
 
     def evaluate(self, split: str, method: Any) -> None:
-        if note := self.datamodule.subsampling_note(split):
-            rank_zero_print(note)
+        rank_zero_print(self.datamodule.subsampling_note(split))
         method(self.model, datamodule=self.datamodule, verbose=False)
         if self.trainer.is_global_zero:
             for name, value in self.model.eval_metrics.items():

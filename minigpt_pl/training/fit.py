@@ -25,9 +25,11 @@ from minigpt_pl.training.checkpointing import BestCheckpoint, LastCheckpoint, Sa
 from minigpt_pl.training.lit_modules import LanguageModel
 from minigpt_pl.training.loggers import ResumableCSVLogger, WandbCallback, choose_run_id, wandb_run
 from minigpt_pl.training.metrics import TrainMetrics
+from minigpt_pl.training.monitors import check_monitors
 from minigpt_pl.training.patches import set_callbacks
 from minigpt_pl.training.progress import ProgressBar
 from minigpt_pl.training.refused_callbacks import check_callbacks
+from minigpt_pl.training.refused_strategies import check_launcher
 from minigpt_pl.training.resume import dropped_splits, resume_state
 from minigpt_pl.training.stopping import GracefulStop
 from minigpt_pl.training.summary import RunSummary
@@ -105,6 +107,8 @@ class FitRunner:
         Raises:
             UserError: If a fork has nothing left to train, a file cannot be written, or Lightning refuses an option.
         """
+        check_launcher(trainer)
+        check_monitors(trainer.callbacks, model, data.config.eval_mode)
         step = self.checkpoint.get("global_step", 0)
         if self.forking and step >= trainer.max_steps:
             problem = f"it has done all of trainer.max_steps {trainer.max_steps} already"
@@ -126,8 +130,7 @@ class FitRunner:
                     io.prepared = resume_state(
                         self.checkpoint, self.resuming, trainer, self.config, data.text_stats.sha256
                     )
-                for text in filter(None, (note, data.subsampling_note("val"))):
-                    rank_zero_print(text)
+                rank_zero_print(note, data.subsampling_note("val"))
                 if trainer.is_global_zero:
                     dropped = dropped_splits(self.checkpoint, trainer.max_steps) if self.resuming else []
                     path = self.run_dir / METRICS_FILE
@@ -142,7 +145,8 @@ class FitRunner:
                 if signals.pending_signal is not None and trainer.world_size > 1:
                     # A second signal has ended another process at once: this one fails only because it waits for it.
                     signals.exit_now(signals.pending_signal)
-                if isinstance(error, (MisconfigurationException, ModuleNotFoundError)):  # such as an unknown monitor
+                no_metric = isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on")
+                if no_metric or isinstance(error, (MisconfigurationException, ModuleNotFoundError)):
                     problem = str(error).replace("`", "").split(". ")[0].split("\n")[0]
                     raise UserError(problem, remedy="correct it, and start again or resume") from error
                 if isinstance(error, OSError) and not isinstance(error, ConnectionError):

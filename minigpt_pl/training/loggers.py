@@ -23,11 +23,13 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from minigpt_pl.checkpoint.io import BEST_CKPT
 from minigpt_pl.data.baselines import MAX_BASELINE_CHARACTERS, split_baselines
 from minigpt_pl.runtime.atomic_io import SAMPLES_FILE, SUMMARY_FILE, atomic_write
-from minigpt_pl.runtime.errors import UserError
+from minigpt_pl.runtime.errors import UserError, one_line
 from minigpt_pl.training.callbacks import get_callback
 from minigpt_pl.training.patches import remove_anonymous, wandb_environment
 from minigpt_pl.training.sampling import read_samples
 from minigpt_pl.training.summary import RunSummary
+
+WITHOUT_WANDB = "correct this, or train without W&B by --wandb null"
 
 
 class ResumableCSVLogger(Logger):
@@ -150,14 +152,18 @@ class WandbConfig:
         Raises:
             UserError: If W&B refuses.
         """
-        import wandb  # takes seconds, and validate and predict do not need it
+        try:
+            import wandb  # takes seconds, and validate and predict do not need it
 
+            quiet = wandb.Settings(silent=True, console="off")
+        except Exception as error:  # of an installation that is not whole
+            cause = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"W&B cannot be imported ({cause})", remedy=WITHOUT_WANDB) from error
         options = asdict(self) | {"name": self.name or run_dir.name, "id": run_id}
         del options["log_best"]
         options["mode"] = (
             "offline" if options.pop("offline") else "online"
         )  # Lightning's own offline=True sets os.environ
-        quiet = wandb.Settings(silent=True, console="off")
         logger = BufferedWandbLogger(save_dir=str(run_dir), config=config, settings=quiet, **options)
         remove_anonymous(logger)
         try:
@@ -167,7 +173,7 @@ class WandbConfig:
             _ = logger.experiment
         except wandb.Error as error:
             message = f"W&B does not start the run: {str(error).rstrip('.')}"
-            raise UserError(message, remedy="correct this, or train without W&B by --wandb null") from error
+            raise UserError(message, remedy=WITHOUT_WANDB) from error
         return logger
 
 
