@@ -18,6 +18,7 @@ from lightning.pytorch import Trainer
 
 from minigpt_pl.cli.classes import config_classes
 from minigpt_pl.cli.prompts import PredictConfig
+from minigpt_pl.cli.yaml_values import load_options
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.runtime.ranges import PositiveFloat, PositiveInt, Seed
@@ -122,6 +123,17 @@ def option_specs(command: str, *user_classes: Any) -> dict[str, OptionSpec]:
     return specs
 
 
+def option_type(full_name: str) -> Any:
+    """The type of an option as it may stand in a file, of `fit` or of `predict`; Any for one that is not known."""
+    name = option_name(full_name)
+    for section in SECTIONS:
+        name = name.removeprefix(f"{section}.")
+    if name in FIT_GROUPS - {"checkpoint"}:
+        return dict | None
+    spec = option_specs("fit").get(name) or option_specs("predict").get(name)
+    return spec.type if spec else Any
+
+
 def class_options(cls: Any) -> dict[str, OptionSpec]:
     """The documented arguments of a class; those of a model or of data are the fields of its config_class.
 
@@ -198,7 +210,7 @@ def user_options(args: list[str], command: str) -> list[UserOption]:
 def options_in_braces(option: UserOption) -> list[UserOption]:
     """The options of a group that is given as one argument, in JSON or YAML."""
     try:
-        content = yaml.safe_load(option.value)
+        content = load_options(option.value, option_type, option.name)
     except yaml.YAMLError:
         return [option]
     if not isinstance(content, dict) or not content:
@@ -216,7 +228,7 @@ def read_options_file(file: str, typed: str) -> dict[str, Any]:
     if not Path(file).is_file():  # a directory, or a pipe, which cannot be read twice
         raise error("it is not a regular file", "name a YAML file")
     try:
-        content = yaml.safe_load(Path(file).read_text("utf-8"))
+        content = load_options(Path(file).read_text("utf-8"), option_type)
     except OSError as cause:
         raise error(f"the file cannot be read ({cause.strerror})", "name a YAML file") from None
     except UnicodeDecodeError as cause:

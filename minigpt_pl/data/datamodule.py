@@ -23,7 +23,6 @@ from minigpt_pl.data.token_cache import (
     SPLITS,
     MemmapTokens,
     TokenArray,
-    cache_dir,
     split_ends,
     tokenize,
     tokenize_first,
@@ -32,6 +31,7 @@ from minigpt_pl.data.token_cache import (
 from minigpt_pl.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
+from minigpt_pl.runtime.paths import cache_dir, expand_home
 from minigpt_pl.runtime.user_classes import register
 
 EvalLoaders = DataLoader[EvalBatch] | list[DataLoader[EvalBatch]]
@@ -40,6 +40,7 @@ EvalLoaders = DataLoader[EvalBatch] | list[DataLoader[EvalBatch]]
 class TokenizedText(NamedTuple):
     """A text that has been read; its tokens go by the name of their split."""
 
+    path: Path
     stats: TextStats
     tokenizer: Tokenizer
     tokens: dict[str, TokenArray]
@@ -81,7 +82,7 @@ class TextDataModule(LightningDataModule):
         return {
             "tokenizer": self.tokenizer.dump(),
             "tokenizer_sha256": self.tokenizer.sha256,
-            "text_path": str(self.resolve_path().resolve()),
+            "text_path": str(self.read().path),
             "text_sha256": self.text_stats.sha256,
         }
 
@@ -118,7 +119,7 @@ class TextDataModule(LightningDataModule):
 
     def resolve_path(self) -> Path:
         """The text file: at `path`, among the shipped files, or where the checkpoint's run read it."""
-        path, package = Path(self.path).expanduser(), Path(__file__).parents[1]
+        path, package = expand_home(self.path, "data.path"), Path(__file__).parents[1]
         if path.exists() or path.is_absolute():
             return path
         others = [package / "shipped" / path, package.parent / path, Path(self.checkpoint.get("text_path", path))]
@@ -162,7 +163,7 @@ class TextDataModule(LightningDataModule):
                     problem = f"it is too short: its {split} split has {len(tokens[split])} tokens and needs {least}"
                     smaller = "a smaller model.block_size" if least == window else f"a larger share for {split}"
                     raise text_error(path, problem, f"use a longer text or {smaller}")
-            self._text = TokenizedText(stats, tokenizer, tokens)
+            self._text = TokenizedText(path.resolve(), stats, tokenizer, tokens)
         return self._text
 
     # Batches.

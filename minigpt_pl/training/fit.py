@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from minigpt_pl.checkpoint.io import WRITE_FAILED_REMEDY, AtomicCheckpointIO
+from minigpt_pl.checkpoint.io import AtomicCheckpointIO, write_error
 from minigpt_pl.checkpoint.run_dir import RunDir
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.runtime import signals
@@ -150,6 +150,5 @@ class FitRunner:
                     problem = str(error).replace("`", "").split(". ")[0].split("\n")[0]
                     raise UserError(problem, remedy="correct it, and start again or resume") from error
                 if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-                    problem = f"{error.filename or self.run_dir} could not be written ({error.strerror})"
-                    raise UserError(problem, remedy=WRITE_FAILED_REMEDY) from error
+                    raise write_error(error.filename or self.run_dir, error) from error
                 raise

@@ -5,7 +5,6 @@ What is measured, and when, is in `metrics`; only what W&B alone shows is put to
 
 import csv
 import io
-import json
 import os
 import secrets
 import sys
@@ -24,9 +23,9 @@ from minigpt_pl.checkpoint.io import BEST_CKPT
 from minigpt_pl.data.baselines import MAX_BASELINE_CHARACTERS, split_baselines
 from minigpt_pl.runtime.atomic_io import SAMPLES_FILE, SUMMARY_FILE, atomic_write
 from minigpt_pl.runtime.errors import UserError, one_line
+from minigpt_pl.training.by_products import read_metrics, read_or_set_aside, read_samples, read_summary
 from minigpt_pl.training.callbacks import get_callback
 from minigpt_pl.training.patches import remove_anonymous, wandb_environment
-from minigpt_pl.training.sampling import read_samples
 from minigpt_pl.training.summary import RunSummary
 
 WITHOUT_WANDB = "correct this, or train without W&B by --wandb null"
@@ -47,13 +46,10 @@ class ResumableCSVLogger(Logger):
         super().__init__()
         self.path, self.columns = path, ["step", "split"]
         self.rows: list[dict[str, str]] = []
-        if path.exists() and step > 0:
-            with path.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                self.columns = list(reader.fieldnames or self.columns)
-                whole = (row for row in reader if row["split"] in ("train", "val"))  # the last may have been cut short
-                self.rows = [row for row in whole if int(row["step"]) <= step]
-            self.rows = [row for row in self.rows if row["step"] != str(step) or row["split"] not in dropped]
+        if step > 0:
+            self.columns, rows = read_or_set_aside(path, read_metrics, (self.columns, self.rows))
+            rows = [row for row in rows if int(row["step"]) <= step]
+            self.rows = [row for row in rows if int(row["step"]) != step or row["split"] not in dropped]
         self._rewrite()
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -203,8 +199,7 @@ def wandb_run(
             logger.flush()
             run: Any = logger.experiment
             summary_file, best = run_dir / SUMMARY_FILE, run_dir / BEST_CKPT
-            if summary_file.exists():
-                summary = json.loads(summary_file.read_text("utf-8"))
+            if summary := read_summary(summary_file):
                 run.summary.update({name: value for name, value in summary.items() if name != "config"})
             if wandb_config.log_best and best.exists():
                 run.log_artifact(str(best), name=f"best-{run_id}", type="model", aliases=["best"])

@@ -14,9 +14,9 @@ import torch
 import yaml
 from conftest import PROJECT, Outcome
 
+from minigpt_pl.training.by_products import read_samples
 from minigpt_pl.training.evaluation import MAX_LOAD_METRICS, expert_metrics
 from minigpt_pl.training.lit_modules import ModernLM
-from minigpt_pl.training.sampling import read_samples
 
 FIT = (
     "fit", "-c", "smoke", "--model.n_embd", 16, "--model.block_size", 16, "--data.batch_size", 4,
