@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
     from minigpt_pl.runtime.errors import DivergenceError, UserError, is_rank_zero, one_line, rank_zero_print
     from minigpt_pl.runtime.output import discard_stdout, protect_output, stdout_problem
+    from minigpt_pl.runtime.quiet import silence_libraries
 
+    silence_libraries()
     protect_output()
     command, *args = (sys.argv[1:] if argv is None else argv) or [""]
     try:

@@ -22,14 +22,24 @@ def expand_home(path: str, option: str) -> Path:
         raise UserError("the home directory is not known", option=option, value=path, remedy=remedy) from None
 
 
+def home_for(libraries: Path) -> dict[str, str]:
+    """Environment variables under which libraries that keep files below the home directory find another place.
+
+    Empty where they can be written there. A home that can only be read stays: it may have keys and settings.
+    """
+    try:
+        cache = Path.home() / ".cache"
+        cache.mkdir(exist_ok=True)
+    except RuntimeError:
+        return {"HOME": str(libraries)}
+    except OSError:
+        return {"WANDB_CACHE_DIR": str(libraries)}
+    return {} if os.access(cache, os.W_OK) else {"WANDB_CACHE_DIR": str(libraries)}
+
+
 def cache_dir() -> Path:
     """`$XDG_CACHE_HOME/minigpt`, else `~/.cache/minigpt`, else NOWHERE."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "minigpt")
     except RuntimeError:
         return NOWHERE
-
-
-def printable(name: str) -> str:
-    """A name without the bytes that are not UTF-8, for libraries that send it as text."""
-    return name.encode("utf-8", "replace").decode("utf-8")

@@ -5,6 +5,7 @@ What is measured, and when, is in `metrics`; only what W&B alone shows is put to
 
 import csv
 import io
+import json
 import os
 import secrets
 import sys
@@ -155,6 +156,11 @@ class WandbConfig:
         except Exception as error:  # of an installation that is not whole
             cause = f"{type(error).__name__}: {one_line(error)}"
             raise UserError(f"W&B cannot be imported ({cause})", remedy=WITHOUT_WANDB) from error
+        try:
+            f"{run_dir.resolve()}{json.dumps(config, ensure_ascii=False)}".encode()
+        except UnicodeEncodeError:
+            remedy = "use another one, or train without W&B by --wandb null"
+            raise UserError("W&B takes no name or path that is not UTF-8", remedy=remedy) from None
         options = asdict(self) | {"name": self.name or run_dir.name, "id": run_id}
         del options["log_best"]
         options["mode"] = (
