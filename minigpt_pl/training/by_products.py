@@ -76,7 +76,7 @@ def read_whole_samples(path: Path) -> list[tuple[int, str]]:
         text, whole = content.decode("utf-8-sig"), content.endswith(b"\n") or not content
     except UnicodeDecodeError as error:
         text, whole = content[: error.start].decode("utf-8-sig"), False
-    if whole and (not text or text.startswith(SAMPLE_HEADER)):
+    if whole and (not text or re.match(rf"{SAMPLE_HEADER}\d+\n", text)):
         return split_samples(text)
     rank_zero_print(f"{path} is not whole: moved to {set_aside([path])}, and the run goes on")
     last = text.rfind(f"\n{SAMPLE_HEADER}")  # of the sample that was cut short

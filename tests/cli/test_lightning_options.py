@@ -25,10 +25,8 @@ from minigpt_pl.training.refused_strategies import check_strategy
 
 Fit = Callable[..., Outcome]
 PAGE = (PROJECT / "docs" / "lightning.md").read_text("utf-8")
-OPTIONS, CALLBACKS = (
-    dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", part, re.M))
-    for part in re.split("## Strategies.*?## Callbacks", PAGE, flags=re.S)
-)
+PARTS = re.split("## Strategies.*?## Callbacks", PAGE, flags=re.S)
+OPTIONS, CALLBACKS = (dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", part, re.M)) for part in PARTS)
 
 
 @pytest.fixture
