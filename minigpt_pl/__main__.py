@@ -3,7 +3,6 @@
 Nothing heavy is imported before the command is known: the list of commands and an unknown command answer at once.
 """
 
-import os
 import sys
 
 from minigpt_pl.runtime import signals
@@ -45,7 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     from importlib import import_module
 
     from minigpt_pl.runtime.errors import DivergenceError, UserError, is_rank_zero, one_line, rank_zero_print
+    from minigpt_pl.runtime.output import discard_stdout, protect_output, stdout_problem
+    from minigpt_pl.runtime.quiet import silence_libraries
 
+    silence_libraries()
+    protect_output()
     command, *args = (sys.argv[1:] if argv is None else argv) or [""]
     try:
         if command in ("-h", "--help"):
@@ -70,11 +73,15 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 3 if is_rank_zero() else 0  # if another process fails, Lightning kills the first one
     except BrokenPipeError:  # predict | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_stdout()
     except OSError as error:
-        if error.filename is None:
+        place = error.filename
+        if place is None and stdout_problem():
+            place = "the output"
+            discard_stdout()
+        if place is None:
             raise
-        rank_zero_print(f"error: {error.filename}: {error.strerror}")
+        rank_zero_print(f"error: {place}: {error.strerror}")
         return 2
     return 0
 

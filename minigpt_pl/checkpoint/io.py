@@ -3,6 +3,7 @@
 What a checkpoint's configuration may contain is in `validation`; when one is written, in `training.checkpointing`.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -20,7 +21,10 @@ from minigpt_pl.runtime.atomic_io import TEMP_SUFFIX
 from minigpt_pl.runtime.errors import UserError, one_line
 
 BEST_CKPT, LAST_CKPT = "best.ckpt", "last.ckpt"
-WRITE_FAILED_REMEDY = "the files written before are complete: make room, then resume the run"
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, None}
+"""None: torch does not say why it could not write, and this is the usual reason."""
+CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
+"""What a file system answers that does not know fsync, as some of networks and containers: nothing has failed."""
 MODEL_KEYS = {"state_dict", "global_step", "config", "vocab_size"}
 """What a checkpoint of any Lightning callback has, if it holds a LanguageModel."""
 RUN_KEYS = {*MODEL_KEYS, "optimizer_states", "callbacks", "loops", "digest", "wandb_id"}
@@ -73,8 +77,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
             with suppress(OSError):
                 temporary.unlink()
-            reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or one_line(error)
-            raise UserError(f"{path} could not be written ({reason})", remedy=WRITE_FAILED_REMEDY) from error
+            raise write_error(path, error) from error
         fsync_dir(path.parent)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -82,8 +85,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path) if prepared is None else prepared
 
 
+def write_error(path: Any, error: BaseException) -> UserError:
+    """What to tell the user when a file of a run could not be written."""
+    cause = error if isinstance(error, OSError) or error.__context__ is None else error.__context__
+    reason = getattr(cause, "strerror", None) or one_line(error)
+    way = "make room" if getattr(cause, "errno", None) in DISK_FULL else "correct this"
+    remedy = f"the files written before are complete: {way}, then resume the run"
+    return UserError(f"{path} could not be written ({reason})", remedy=remedy)
+
+
 def fsync_file(descriptor: int) -> None:
-    os.fsync(descriptor)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
     if sys.platform == "darwin":  # fsync stops at the disk's own cache there
         import fcntl
 

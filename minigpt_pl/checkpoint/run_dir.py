@@ -26,6 +26,7 @@ from minigpt_pl.runtime.atomic_io import (
     remove_temp_files,
 )
 from minigpt_pl.runtime.errors import UserError, is_rank_zero, rank_zero_print
+from minigpt_pl.runtime.paths import expand_home
 
 RUN_FILES = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, SAMPLES_FILE, TENSORBOARD_DIR, "wandb")
 LOCKED = "another process trains in it"
@@ -108,11 +109,17 @@ class RunDir(NamedTuple):
     def _move_leftovers(self) -> None:
         """Keeps files of a start that died before its first checkpoint out of the new run."""
         if leftovers := [self.path / name for name in RUN_FILES if (self.path / name).exists()]:
-            aside = self.path / f"aside-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-            aside.mkdir()
-            for path in leftovers:
-                shutil.move(path, aside / path.name)
+            aside = set_aside(leftovers)
             rank_zero_print(f"{self.path} had files of a start that failed early: moved to {aside}")
+
+
+def set_aside(paths: list[Path]) -> Path:
+    """Moves files of one run directory into a new directory in it, and returns that."""
+    aside = paths[0].parent / f"aside-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    aside.mkdir()
+    for path in paths:
+        shutil.move(path, aside / path.name)
+    return aside
 
 
 def resolve_run_dir(run_dir: str, checkpoint: Path | None, model: str) -> RunDir:
@@ -121,7 +128,7 @@ def resolve_run_dir(run_dir: str, checkpoint: Path | None, model: str) -> RunDir
     Raises:
         UserError: If the directory holds another run, or a fork has no directory.
     """
-    path = Path(run_dir).expanduser() if run_dir else None
+    path = expand_home(run_dir, "run_dir") if run_dir else None
     resuming = checkpoint is not None and checkpoint.name == LAST_CKPT
     if checkpoint and path:
         resuming = resuming and path.resolve() == checkpoint.parent.resolve()
@@ -152,11 +159,11 @@ def has_peer_processes() -> bool:
 def find_checkpoint(ckpt_path: str, run_dir: str) -> Path:
     """The file that --ckpt_path names; `last` and `best` must exist in --run_dir."""
     if ckpt_path not in ("last", "best"):
-        return Path(ckpt_path).expanduser()
+        return expand_home(ckpt_path, "ckpt_path")
     if not run_dir:
         remedy = "use both, or name the checkpoint's file"
         raise UserError("it needs --run_dir", option="ckpt_path", value=ckpt_path, remedy=remedy)
-    path = Path(run_dir, LAST_CKPT if ckpt_path == "last" else BEST_CKPT).expanduser()
+    path = expand_home(run_dir, "run_dir") / (LAST_CKPT if ckpt_path == "last" else BEST_CKPT)
     if not path.is_file():
         problem = f"there is no {path}"
         raise UserError(problem, option="ckpt_path", value=ckpt_path, remedy=suggest_checkpoint(path))

@@ -16,31 +16,33 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from minigpt_pl.checkpoint.io import BEST_CKPT, AtomicCheckpointIO, read_checkpoint
+from minigpt_pl.checkpoint.io import AtomicCheckpointIO
 from minigpt_pl.checkpoint.run_dir import resolve_run_dir
 from minigpt_pl.cli import classes, config_files, errors, help, options
 from minigpt_pl.cli.environment import apply_environment
 from minigpt_pl.cli.export import export_note
+from minigpt_pl.cli.final_report import print_report
+from minigpt_pl.cli.given_options import config_options, user_options
 from minigpt_pl.cli.initial_weights import initial_weights
 from minigpt_pl.cli.prompts import PredictConfig, encode_prompts
 from minigpt_pl.cli.start import changes, find_start, path_option, read_start
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.data.sources import find_files
-from minigpt_pl.generation.generate import SamplingConfig
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
+from minigpt_pl.runtime.output import report_of_finished_work
 from minigpt_pl.runtime.quiet import silence_libraries
 from minigpt_pl.runtime.ranges import OpenUnitInterval, Seed
 from minigpt_pl.runtime.user_classes import import_path
 from minigpt_pl.training import sampling
 from minigpt_pl.training.checkpointing import CheckpointConfig
+from minigpt_pl.training.compiling import check_compiler
 from minigpt_pl.training.fit import FitRunner, as_list
 from minigpt_pl.training.lit_modules import MODELS, LanguageModel, ModernLM
 from minigpt_pl.training.loggers import WandbConfig
 from minigpt_pl.training.refused_callbacks import check_names
 from minigpt_pl.training.run_length import EPOCH_OPTIONS, in_steps
 from minigpt_pl.training.stopping import ValLossEarlyStopping
-from minigpt_pl.training.summary import format_summary, resume_command
 
 CONFIG_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)  # of constructors
 
@@ -70,7 +72,7 @@ class MiniGPTCLI(LightningCLI):
     def __init__(self, command: str, args: list[str]):
         self.command, self.fits, self.status = command, command == "fit", 0
         self.args = config_files.resolve_files(args)
-        self.user_options = options.user_options(self.args, command)
+        self.user_options = user_options(self.args, command)
         try:
             # Before the parser is built, which takes longer than to find most mistakes.
             self.run_dir_option, start = (
@@ -173,7 +175,7 @@ class MiniGPTCLI(LightningCLI):
             last = [f"--data={import_path(self.data_class)}"] if self.data_class else []
             namespace = parser.parse_args([self.command, "--config", yaml.safe_dump(base), *first, *self.args, *last])
         except argparse.ArgumentError as error:
-            errors.check_options(options.config_options(base, str(self.ckpt_path)), "fit")  # anyone may have written it
+            errors.check_options(config_options(base, str(self.ckpt_path)), "fit")  # anyone may have written it
             raise errors.explain_parse_error(error, self.user_options) from error
         namespace[self.command].ckpt_path = None  # else LightningCLI lets the checkpoint override the command line
         plain = yaml.safe_load(self._parser(self.command).dump(namespace[self.command], skip_none=False))
@@ -199,8 +201,7 @@ class MiniGPTCLI(LightningCLI):
             self.prepare()
         except CONFIG_ERRORS as error:
             raise errors.as_user_error(error, self.user_options) from error
-        for note in self.notes:
-            rank_zero_print(note)
+        rank_zero_print(*self.notes)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         init = self.config_init[self.command]
@@ -239,6 +240,8 @@ class MiniGPTCLI(LightningCLI):
         init = self.config_init[self.command]
         if self.command != "predict":
             self.datamodule.read()  # an unusable text is reported before anything else is printed
+        if self.model.config.compile:
+            check_compiler(self.trainer.strategy.root_device)
         if self.fits:
             init.ckpt_path = str(self.ckpt_path) if self.checkpoint else None
             self.notes += self.initial.copy_into(self.model, self.datamodule)
@@ -267,21 +270,13 @@ class MiniGPTCLI(LightningCLI):
             self.close()
 
     def close(self) -> None:
-        """The end of a run: exit status, a table, and a sample of the best model."""
+        """The end of a run: the exit status, and a report."""
         if not self.trainer.is_global_zero:
             return
         self.status = {"interrupted": 130, "terminated": 143}.get(self.training.stops.reason or "", 0)
-        if self.training.summary.written is None:
-            done = f"trainer.max_steps {self.trainer.max_steps}"
-            print(f"{self.run_dir} has already reached {done}: nothing is left to train")
-            print(f"train longer with: {resume_command('completed', self.run_dir, self.resolved)}")
-            return
-        print(f"\n{format_summary(self.training.summary.written, self.run_dir)}")
-        best = self.run_dir / BEST_CKPT
-        if self.status == 0 and best.exists():
-            self.model.load_state_dict(read_checkpoint(best)["state_dict"])
-            text = sampling.generate_sample(self.trainer, self.model, "\n", SamplingConfig(max_new_tokens=300))
-            print(f"\nA sample from best.ckpt:\n{text}")
+        with report_of_finished_work():
+            summary = self.training.summary.written
+            print_report(self.trainer, self.model, summary, self.run_dir, self.resolved, self.status == 0)
 
     def validate(self, model: LanguageModel, **kwargs: Any) -> None:
         self.evaluate("val", self.trainer.validate)
@@ -290,8 +285,7 @@ class MiniGPTCLI(LightningCLI):
         self.evaluate("test", self.trainer.test)
 
     def evaluate(self, split: str, method: Any) -> None:
-        if note := self.datamodule.subsampling_note(split):
-            rank_zero_print(note)
+        rank_zero_print(self.datamodule.subsampling_note(split))
         method(self.model, datamodule=self.datamodule, verbose=False)
         if self.trainer.is_global_zero:
             for name, value in self.model.eval_metrics.items():

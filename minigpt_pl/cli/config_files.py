@@ -1,16 +1,17 @@
 """The files on a command line: found by their names, and given to the parser as far as they are for the command.
 
-What a file may contain, and which part of it a command uses, is in `options`.
+What a file may contain, and which part of it a command uses, is in `given_options`.
 """
 
+import json
 import os
 import re
 from difflib import get_close_matches
 from pathlib import Path
 
-import yaml
-
-from minigpt_pl.cli.options import CONFIGS, config_options, layers, option_specs, read_options_file
+from minigpt_pl.cli.given_options import config_options, layers, read_options_file
+from minigpt_pl.cli.options import CONFIGS, PATH_OPTIONS, option_specs, option_type
+from minigpt_pl.cli.yaml_values import takes_null
 from minigpt_pl.runtime.errors import UserError
 
 MAX_OPTIONS_BYTES = 1 << 16
@@ -19,12 +20,13 @@ MAX_OPTIONS_BYTES = 1 << 16
 
 def resolve_files(args: list[str]) -> list[str]:
     """The command line with the files meant: of -c NAME maybe the shipped one, and --data TEXT is --data.path TEXT."""
-    rest, resolved = list(args), []
+    rest = list(args)
+    resolved: list[str] = []
     while rest:
         arg = rest.pop(0)
         flag, equals, value = (arg[:2], "=", arg[2:].lstrip("=")) if re.match("-c.", arg) else arg.partition("=")
         if flag not in ("-c", "--config", "--data"):
-            resolved.append(arg)
+            resolved.append(as_null(arg, resolved[-1:]))
             continue
         value = value if equals else rest.pop(0) if rest else ""
         if flag == "--data":
@@ -34,6 +36,14 @@ def resolve_files(args: list[str]) -> list[str]:
         else:
             raise UserError("its value is missing", option=flag, remedy=f"name a file, as in {flag} smoke")
     return resolved
+
+
+def as_null(arg: str, before: list[str]) -> str:
+    """The argument, or null where it is None, as Python spells it, and its option may be null."""
+    flag, equals, value = arg.rpartition("=")
+    if value == "None" and takes_null(option_type(flag if equals else "".join(before))):
+        return f"{flag}{equals}null"
+    return arg
 
 
 def config_path(name: str) -> str:
@@ -65,9 +75,11 @@ def for_parser(args: list[str], command: str) -> list[str]:
     parsed: list[str] = []
     for arg in args:
         if parsed[-1:] == ["--config"]:
-            content = read_options_file(arg, "-c")
-            if (used := layers(content, command)) != [content]:
-                parsed[-1:] = [text for layer in used for text in ("--config", yaml.safe_dump(layer))]
-                continue
-        parsed.append(arg)
+            used = layers(read_options_file(arg, "-c"), command)
+            # As JSON, since the parser would read some text that YAML leaves without quotes as a number.
+            parsed[-1:] = [text for layer in used for text in ("--config", json.dumps(layer, default=str))]
+        elif parsed[-1:] and parsed[-1].removeprefix("--") in PATH_OPTIONS:
+            parsed.pop()  # read already, and --print_config shows what a file may contain
+        elif arg.partition("=")[0].removeprefix("--") not in PATH_OPTIONS or "=" not in arg:
+            parsed.append(arg)
     return parsed

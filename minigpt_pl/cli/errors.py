@@ -22,6 +22,7 @@ from minigpt_pl.cli.options import UserOption, as_text, option_name, option_spec
 from minigpt_pl.runtime.errors import UserError, one_line
 from minigpt_pl.runtime.ranges import describe_range
 from minigpt_pl.runtime.user_classes import is_own
+from minigpt_pl.training.refused_strategies import check_strategy
 
 OPTIONAL_GROUPS = ("early_stopping", "samples", "wandb")  # null disables them
 GROUPS = ("model", "data", "trainer", "checkpoint", "sample", *OPTIONAL_GROUPS)
@@ -187,6 +188,7 @@ def check_config(config: dict[str, Any]) -> None:
     good = not isinstance(time, str) or bool(re.fullmatch(r"\d+:\d\d:\d\d:\d\d", time))
     require("trainer.max_time", good, "it must have the form DD:HH:MM:SS, such as 00:01:30:00")
 
+    check_strategy(config["trainer"].get("strategy"))
     here = [name for name in ("cpu", "cuda", "mps") if AcceleratorRegistry.get(name).is_available()]
     wanted = plain["trainer.accelerator"] if isinstance(plain["trainer.accelerator"], str) else "auto"
     good = wanted in (*here, "auto", "tpu") or wanted == "gpu" and len(here) > 1

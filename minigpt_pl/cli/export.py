@@ -17,8 +17,8 @@ from tokenizers import models as token_models
 from minigpt_pl.checkpoint.io import read_checkpoint
 from minigpt_pl.cli.classes import named_class
 from minigpt_pl.cli.errors import name_as_typed
+from minigpt_pl.cli.given_options import user_options
 from minigpt_pl.cli.native_layouts import NO_SPECIAL_TOKENS, Layout, native_layout, native_obstacle
-from minigpt_pl.cli.options import user_options
 from minigpt_pl.cli.own_layout import MODELING_FILE, modeling_source, own_layout, own_layout_obstacle
 from minigpt_pl.cli.start import find_start
 from minigpt_pl.data.config import DataConfig

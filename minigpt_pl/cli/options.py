@@ -1,7 +1,7 @@
-"""Options by name: which exist, which the user gave, which are reserved, and how two configurations differ.
+"""Options by name: which exist, which are reserved, and how two configurations differ.
 
-How files are named is in `config_files`; how options are parsed, and what is built from them, in `app`; what --help
-shows of them in `help`; how a mistake in one is reported in `errors`.
+How the user's options are read is in `given_options`; how they are parsed, and what is built from them, in `app`; what
+--help shows of them in `help`; how a mistake in one is reported in `errors`.
 """
 
 import inspect
@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import docstring_parser
-import yaml
 from lightning.pytorch import Trainer
 
 from minigpt_pl.cli.classes import config_classes
 from minigpt_pl.cli.prompts import PredictConfig
 from minigpt_pl.data.datamodule import TextDataModule
-from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.runtime.ranges import OpenUnitInterval, PositiveFloat, PositiveInt, Seed
 from minigpt_pl.runtime.user_classes import own_arguments
 from minigpt_pl.training.checkpointing import CheckpointConfig
@@ -77,8 +75,6 @@ FIT_GROUPS = {"early_stopping", "checkpoint", "samples", "wandb", "tensorboard",
 SECTIONS = ("fit", "validate", "test", "predict")
 
 
-INIT_FROM_HELP = "Checkpoint whose weights a new run begins with, also on another text."
-EMA_HELP = "Evaluate and save an EMA of the weights with this decay; null for none."
 MODEL_HELP = "ModernLM, ClassicLM, AblationLM (a stage between the two), or module.Class of your own."
 
 
@@ -89,6 +85,15 @@ class OptionSpec(NamedTuple):
     default: Any = inspect.Parameter.empty
     help: str = ""
     only: str = ""
+
+
+FIT_SPECS = {
+    "init_from": OptionSpec(str, "", "Checkpoint whose weights a new run begins with, also on another text."),
+    "ema_decay": OptionSpec(
+        OpenUnitInterval | None, None, "Decay of averaged weights, which are evaluated; null for none."
+    ),
+    "tensorboard": OptionSpec(bool, False, "Write metrics and samples for TensorBoard too."),
+}
 
 
 @cache
@@ -108,14 +113,11 @@ def option_specs(command: str, *user_classes: Any) -> dict[str, OptionSpec]:
         "config": OptionSpec(str, help="YAML file, or a shipped one such as modern or journey/p2_refine."),
         "run_dir": OptionSpec(str, "", run_dir),
         "ckpt_path": OptionSpec(str, None, f"Checkpoint to start from: {start}."),
-        **({"init_from": OptionSpec(str, "", INIT_FROM_HELP)} if fits else {}),
-        **({"ema_decay": OptionSpec(OpenUnitInterval | None, None, EMA_HELP)} if fits else {}),
+        **(FIT_SPECS if fits else {}),
         "seed_everything": OptionSpec(Seed, help="Seed of everything in a run that is random."),
         "print_config": OptionSpec(None, help="Print the resolved configuration, as a file for --config, and exit."),
         "model": OptionSpec(type, "ModernLM", MODEL_HELP),
     }
-    if fits:
-        specs["tensorboard"] = OptionSpec(bool, False, "Write metrics and samples for TensorBoard too.")
     for group, classes in (groups | {"trainer": [Trainer]}).items():
         members = [class_options(cls) for cls in classes]
         for cls, options in zip(classes, members, strict=True):
@@ -126,6 +128,17 @@ def option_specs(command: str, *user_classes: Any) -> dict[str, OptionSpec]:
                 if f"{group}.{name}" not in LINKED:
                     specs.setdefault(f"{group}.{name}", spec._replace(only=only))
     return specs
+
+
+def option_type(full_name: str) -> Any:
+    """The type of an option as it may stand in a file, of `fit` or of `predict`; Any for one that is not known."""
+    name = option_name(full_name)
+    for section in SECTIONS:
+        name = name.removeprefix(f"{section}.")
+    if name in FIT_GROUPS - {"checkpoint"}:
+        return dict | None
+    spec = option_specs("fit").get(name) or option_specs("predict").get(name)
+    return spec.type if spec else Any
 
 
 def class_options(cls: Any) -> dict[str, OptionSpec]:
@@ -172,93 +185,6 @@ def as_text(value: Any) -> str:
 
 def option_name(name: str) -> str:
     return re.sub(r"\.(init_args|class_path)\b|(?<=^data)_class$", "", name.lstrip("-")).rstrip("+")
-
-
-def user_options(args: list[str], command: str) -> list[UserOption]:
-    """The options of a command line, including those of its files, in their order.
-
-    Raises:
-        UserError: If a file cannot be read, or is not a YAML file of named options.
-    """
-    options, rest = [], list(args)
-    while rest:
-        typed, equals, value = rest.pop(0).partition("=")
-        if not typed.startswith("-"):
-            options.append(UserOption("", typed + equals + value, ""))
-            continue
-        takes_next = not equals and rest and not re.match(r"-(?![\d.])", rest[0])
-        option = UserOption(option_name(typed), value if equals else rest.pop(0) if takes_next else None, typed)
-        if option.name in ("c", "config"):
-            content = read_options_file(str(option.value), "-c")
-            for layer in layers(content, command):
-                options += config_options(layer, str(option.value))
-        elif option.value and option.value.startswith("{"):
-            options += options_in_braces(option)
-        elif option.name in ("model", "data", "trainer") and option.value and Path(option.value).is_file():
-            options += config_options(read_options_file(option.value, typed), option.value, f"{option.name}.")
-        else:
-            options.append(option)
-    return options
-
-
-def options_in_braces(option: UserOption) -> list[UserOption]:
-    """The options of a group that is given as one argument, in JSON or YAML."""
-    try:
-        content = yaml.safe_load(option.value)
-    except yaml.YAMLError:
-        return [option]
-    if not isinstance(content, dict) or not content:
-        return [option]
-    names = ((option_name(name), value) for name, value in flatten(content, f"{option.name}."))
-    return [UserOption(name, value, f"--{name}") for name, value in names]
-
-
-def read_options_file(file: str, typed: str) -> dict[str, Any]:
-    """The content of a YAML file of options, which `typed` names. Raises UserError if it is none."""
-
-    def error(problem: str, remedy: str = "") -> UserError:
-        return UserError(problem, option=typed, value=file, remedy=remedy)
-
-    if not Path(file).is_file():  # a directory, or a pipe, which cannot be read twice
-        raise error("it is not a regular file", "name a YAML file")
-    try:
-        content = yaml.safe_load(Path(file).read_text("utf-8"))
-    except OSError as cause:
-        raise error(f"the file cannot be read ({cause.strerror})", "name a YAML file") from None
-    except UnicodeDecodeError as cause:
-        byte = f"byte {cause.start} is 0x{cause.object[cause.start]:02x}"
-        raise error(f"the file is not UTF-8: {byte}", "convert it to UTF-8") from None
-    except yaml.YAMLError as cause:
-        mark = getattr(cause, "problem_mark", None)
-        line = f" in line {mark.line + 1}" if mark else ""
-        raise error(f"the file is not valid YAML: {getattr(cause, 'problem', None) or cause}{line}") from None
-    if not isinstance(content, dict):
-        kind = {list: "a list", type(None): "empty"}.get(type(content), "plain text")
-        raise error(f"the file is {kind}", "write options by name, such as data: {batch_size: 16}")
-    return content
-
-
-def layers(content: dict[str, Any], command: str) -> list[dict[str, Any]]:
-    """What a file holds for a command: its options, and then those of its section of that name, which win.
-
-    LightningCLI writes files with a section for each command. Sections of other commands are skipped, and so is what
-    only `fit` has: then the config.yaml of a run can be used by every command.
-    """
-    sections = {name for name in SECTIONS if isinstance(content.get(name, 0), dict | None)}
-    shared = {name: value for name, value in content.items() if name not in sections}
-    found = [shared, content[command] or {}] if command in sections else [shared]
-    if command != "fit":
-        found = [{name: value for name, value in layer.items() if name not in FIT_GROUPS} for layer in found]
-        for layer in found:
-            if isinstance(trainer := layer.get("trainer"), dict):
-                layer["trainer"] = {name: value for name, value in trainer.items() if name not in FIT_ONLY}
-    return found
-
-
-def config_options(config: dict[str, Any], file: str, prefix: str = "") -> list[UserOption]:
-    """The options of a configuration that stands in a file; the model's class comes before its options."""
-    names = [(option_name(name), value) for name, value in flatten(config, prefix)]
-    return sorted([UserOption(name, value, name, file) for name, value in names], key=lambda one: one.name != "model")
 
 
 def flatten(node: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

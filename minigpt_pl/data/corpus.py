@@ -7,6 +7,8 @@ there are is in `sources`; how characters become tokens is in `tokenizer` and `t
 import codecs
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -23,6 +25,8 @@ from minigpt_pl.runtime.errors import UserError, is_rank_zero
 
 CHUNK_BYTES = 1 << 20
 LARGE_FILE_BYTES = 50_000_000  # reading a larger file shows a progress bar, and its tokens do not stay in memory
+NUL_PATTERN = re.compile(rb"(?:[^\0]\0{3}|\0{3}[^\0]){8}|(?:[^\0]\0){8}|(?:\0[^\0]){8}")
+"""Eight characters of UTF-32 or UTF-16 without a byte-order mark, which are valid UTF-8 too."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,10 @@ def _decode(path: Path, file: BinaryIO, bar: tqdm) -> Iterator[str]:
     while data:
         offset = file.tell() - len(decoder.getstate()[0])
         data = file.read(CHUNK_BYTES)
+        if b"\0" in data and (found := NUL_PATTERN.search(data)):
+            kind = "UTF-32" if found[0].count(0) > len(found[0]) // 2 else "UTF-16"
+            problem = f"it looks like {kind}: from byte {offset + found.start()} on, it has regular NUL bytes"
+            raise text_error(path, problem, "convert it to UTF-8")
         try:
             text = rest + decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
@@ -116,7 +124,7 @@ def read_stats(files: Sequence[Path], cache: Path) -> TextStats:
     with suppress(OSError):
         stats = [(path.resolve(), path.stat()) for path in files]
         key = "/".join(f"{p}/{s.st_size}/{s.st_mtime_ns}/{s.st_ctime_ns}/{s.st_ino}" for p, s in stats)
-        entry = cache / f"text-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        entry = cache / f"text-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.json"
         with suppress(ValueError, TypeError):  # a damaged entry
             return TextStats(**json.loads(entry.read_text("utf-8")))
 

@@ -24,7 +24,6 @@ from minigpt_pl.data.token_cache import (
     SPLITS,
     MemmapTokens,
     SplitTokens,
-    cache_dir,
     tokenize,
     tokenize_first,
     train_bpe,
@@ -32,6 +31,7 @@ from minigpt_pl.data.token_cache import (
 from minigpt_pl.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
+from minigpt_pl.runtime.paths import cache_dir
 from minigpt_pl.runtime.user_classes import find_class, register
 
 EvalLoaders = DataLoader[EvalBatch] | list[DataLoader[EvalBatch]]
@@ -40,6 +40,7 @@ EvalLoaders = DataLoader[EvalBatch] | list[DataLoader[EvalBatch]]
 class TokenizedText(NamedTuple):
     """A text that has been read; its tokens go by the name of their split."""
 
+    files: tuple[Path, ...]
     stats: TextStats
     tokenizer: Tokenizer
     tokens: dict[str, SplitTokens]
@@ -121,8 +122,8 @@ class TextDataModule(LightningDataModule):
         return find_files(self.path, self.checkpoint.get("text_path", ""))
 
     def absolute_path(self) -> TextPath:
-        """The absolute path of the text file, or of each of several."""
-        files = [str(path.resolve()) for path in self.find_files()]
+        """The absolute path of the text file, or of each of several, as they were read."""
+        files = list(map(str, self.read().files))
         return files[0] if len(files) == 1 else files
 
     def read(self) -> TokenizedText:
@@ -165,7 +166,7 @@ class TextDataModule(LightningDataModule):
                     problem = f"it is too short: its {split} split has {longest} tokens{where} and needs {least}"
                     smaller = "a smaller model.block_size" if least == window else f"a larger share for {split}"
                     raise text_error(files[0], problem, f"use a longer text or {smaller}")
-            self._text = TokenizedText(stats, tokenizer, tokens)
+            self._text = TokenizedText(tuple(path.resolve() for path in files), stats, tokenizer, tokens)
         return self._text
 
     # Batches.

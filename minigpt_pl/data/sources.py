@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from minigpt_pl.data.corpus import TextStats, text_error
 from minigpt_pl.runtime.errors import UserError
+from minigpt_pl.runtime.paths import expand_home
 
 PACKAGE = Path(__file__).parents[1]
 TextPath = str | list[str]
@@ -38,7 +39,7 @@ def find_files(path: TextPath, remembered: TextPath = "") -> tuple[Path, ...]:
         raise UserError("it names no file", option="data.path", value=path, remedy="name a text file")
     if isinstance(path, list):
         return tuple(sorted({file for entry in path for file in find_files(entry)}))
-    place = Path(path).expanduser()
+    place = expand_home(path, "data.path")
     if not place.exists() and glob.has_magic(path):
         found = [Path(name) for name in glob.glob(str(place), recursive=True)]
         return _files(place, [file for file in found if file.is_file()], "no file matches it")

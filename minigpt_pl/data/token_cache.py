@@ -26,6 +26,7 @@ from minigpt_pl.data.sources import Segment, split_ends
 from minigpt_pl.data.tokenizer import MAX_LINE_CHARACTERS, BPETokenizer, Tokenizer, load_tokenizer
 from minigpt_pl.runtime.atomic_io import TEMP_SUFFIX, atomic_write
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
+from minigpt_pl.runtime.paths import NOWHERE
 
 SPLITS = ("train", "val", "test")
 MAX_MERGE_CHARACTERS = 8_000_000  # that merges are learned from: each takes a hundred bytes of memory
@@ -68,11 +69,6 @@ class SplitTokens(NamedTuple):
 
     ids: TokenArray
     lengths: tuple[int, ...]
-
-
-def cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/minigpt`, else `~/.cache/minigpt`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "minigpt")
 
 
 def train_bpe(
@@ -148,7 +144,9 @@ def tokenize(
         assert tokens is not None, f"{entry} is not what was written"
         return tokens
     except OSError as error:
-        rank_zero_print(f"the token cache {cache} is not writable ({error.strerror}): tokens stay in memory")
+        cause = "there is no home directory for a token cache"
+        cause = cause if cache == NOWHERE else f"the token cache {cache} is not writable ({error.strerror})"
+        rank_zero_print(f"{cause}: tokens stay in memory")
     buffer = io.BytesIO()
     lengths = encode_splits(buffer, segments, stats, tokenizer)
     ids = np.frombuffer(buffer.getbuffer(), tokenizer.dtype, offset=LENGTH.itemsize * lengths.size)

@@ -17,7 +17,8 @@ import yaml
 from minigpt_pl.checkpoint.io import LAST_CKPT
 from minigpt_pl.cli.app import MiniGPTCLI
 from minigpt_pl.cli.config_files import resolve_files
-from minigpt_pl.cli.options import CONFIGS, user_options
+from minigpt_pl.cli.given_options import user_options
+from minigpt_pl.cli.options import CONFIGS
 from minigpt_pl.experiments.results import RUNS_FILE, Result, datamodule_of, run_differences, strip_paths
 from minigpt_pl.experiments.statistics import MAX_COMPARISONS, MIN_SEEDS_COMPARISON
 from minigpt_pl.runtime.atomic_io import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, atomic_write

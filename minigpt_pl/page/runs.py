@@ -16,7 +16,7 @@ from minigpt_pl.data.datamodule import datamodule_of
 from minigpt_pl.page.texts import text_baselines
 from minigpt_pl.runtime.atomic_io import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE
 from minigpt_pl.runtime.errors import UserError
-from minigpt_pl.training.sampling import read_samples
+from minigpt_pl.training.by_products import read_samples
 
 MAX_ROWS = 600
 MAX_DEPTH = 3

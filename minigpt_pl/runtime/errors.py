@@ -5,6 +5,7 @@ No error is caught here: `__main__` turns them into exit statuses.
 
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 
@@ -41,10 +42,11 @@ def is_rank_zero() -> bool:
     return not any(int(os.environ.get(name) or 0) for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK"))
 
 
-def rank_zero_print(message: str) -> None:
-    """Prints one line on stderr, in the first process only."""
-    if is_rank_zero():
-        print(message, file=sys.stderr)
+def rank_zero_print(*lines: str | None) -> None:
+    """Prints lines on stderr, in the first process only."""
+    for message in filter(None, lines if is_rank_zero() else ()):
+        with suppress(OSError):  # nobody can read it: the terminal is closed, or the disk of a log is full
+            print(message, file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException) -> str:

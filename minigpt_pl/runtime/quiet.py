@@ -8,6 +8,9 @@ def silence_libraries() -> None:
     """Hides advertisements, lists of devices, and advice that does not apply to this project."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("matplotlib").setLevel(
+        logging.ERROR
+    )  # torchmetrics imports it; a home it cannot write is no news
     for asked_for in ("profilers.profiler", "callbacks.model_summary"):
         logging.getLogger(f"lightning.pytorch.{asked_for}").setLevel(logging.INFO)
     for advice in (

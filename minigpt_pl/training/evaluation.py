@@ -65,15 +65,15 @@ def mean_losses(outputs: EvalOutputs, split: str, strategy: Any) -> dict[str, fl
     return {f"{split}/{name}": value.float().item() for name, value in values.items()}
 
 
-def expert_metrics(net: GPT) -> dict[str, float]:
-    """How the experts were used in the last step: entropy of the router, experts without tokens, load; {} without any.
+def expert_metrics(routing: Tensor) -> dict[str, float]:
+    """How the experts were used: entropy of the router, experts without tokens, load.
 
     The load is logged for each expert; where that is too many, for the extremes of each layer, or of all layers.
+
+    Args:
+        routing: Of each layer, each expert's share of the token-expert pairs and its mean probability, (layers, 2, E).
     """
-    routings = [moe.last_routing for moe in net.moe_layers() if moe.last_routing is not None]
-    if not routings:
-        return {}
-    shares, probabilities = (torch.stack(parts).cpu() for parts in zip(*routings, strict=True))  # (layers, E)
+    shares, probabilities = routing.cpu().unbind(1)  # (layers, E) each
     entropy = -(probabilities * probabilities.clamp(min=1e-30).log()).sum(-1).mean()
     metrics = {"moe/entropy": entropy.item(), "moe/dead_experts": float((shares == 0).sum())}
     layers = list(enumerate(shares.tolist()))

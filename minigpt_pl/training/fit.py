@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Timer, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from minigpt_pl.checkpoint.io import WRITE_FAILED_REMEDY, AtomicCheckpointIO
+from minigpt_pl.checkpoint.io import AtomicCheckpointIO, write_error
 from minigpt_pl.checkpoint.run_dir import RunDir
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.runtime import signals
@@ -26,9 +26,11 @@ from minigpt_pl.training.checkpointing import BestCheckpoint, LastCheckpoint, Sa
 from minigpt_pl.training.lit_modules import LanguageModel
 from minigpt_pl.training.loggers import ResumableCSVLogger, WandbCallback, choose_run_id, wandb_run
 from minigpt_pl.training.metrics import TrainMetrics
+from minigpt_pl.training.monitors import check_monitors
 from minigpt_pl.training.patches import set_callbacks
 from minigpt_pl.training.progress import ProgressBar
 from minigpt_pl.training.refused_callbacks import check_callbacks
+from minigpt_pl.training.refused_strategies import check_launcher
 from minigpt_pl.training.resume import dropped_splits, resume_state
 from minigpt_pl.training.stopping import GracefulStop
 from minigpt_pl.training.summary import RunSummary
@@ -116,6 +118,8 @@ class FitRunner:
         Raises:
             UserError: If a fork has nothing left to train, a file cannot be written, or Lightning refuses an option.
         """
+        check_launcher(trainer)
+        check_monitors(trainer.callbacks, model, data.config.eval_mode)
         step = self.checkpoint.get("global_step", 0)
         if self.forking and step >= trainer.max_steps:
             problem = f"it has done all of trainer.max_steps {trainer.max_steps} already"
@@ -137,8 +141,7 @@ class FitRunner:
                     io.prepared = resume_state(
                         self.checkpoint, self.resuming, trainer, self.config, data.text_stats.sha256
                     )
-                for text in filter(None, (note, data.subsampling_note("val"))):
-                    rank_zero_print(text)
+                rank_zero_print(note, data.subsampling_note("val"))
                 extra: list[Callback] = [WandbCallback(wandb_logger)] if wandb_logger else []
                 if trainer.is_global_zero:
                     dropped = dropped_splits(self.checkpoint, trainer.max_steps) if self.resuming else []
@@ -156,10 +159,10 @@ class FitRunner:
                 if signals.pending_signal is not None and trainer.world_size > 1:
                     # A second signal has ended another process at once: this one fails only because it waits for it.
                     signals.exit_now(signals.pending_signal)
-                if isinstance(error, (MisconfigurationException, ModuleNotFoundError)):  # such as an unknown monitor
+                no_metric = isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on")
+                if no_metric or isinstance(error, (MisconfigurationException, ModuleNotFoundError)):
                     problem = str(error).replace("`", "").split(". ")[0].split("\n")[0]
                     raise UserError(problem, remedy="correct it, and start again or resume") from error
                 if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-                    problem = f"{error.filename or self.run_dir} could not be written ({error.strerror})"
-                    raise UserError(problem, remedy=WRITE_FAILED_REMEDY) from error
+                    raise write_error(error.filename or self.run_dir, error) from error
                 raise

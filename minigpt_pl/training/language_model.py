@@ -158,6 +158,8 @@ class LanguageModel(LightningModule, ABC):
         logits, aux_loss = self.net(inputs)
         loss = token_cross_entropy(logits, targets).mean()
         self.running_means.add_losses(loss, aux_loss)
+        if routings := [torch.stack(moe.last_routing) for moe in self.net.moe_layers() if moe.last_routing]:
+            self.running_means.add_routing(torch.stack(routings))
         return self.total_loss(loss, aux_loss)
 
     def total_loss(self, loss: Tensor, aux_loss: Tensor) -> Tensor:
@@ -204,8 +206,8 @@ class LanguageModel(LightningModule, ABC):
         if step != self.trainer.global_step:
             loss, aux_loss, grad_norm = self.running_means.compute(self.trainer.strategy)
             metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "lr": self._last_lr}
-            if experts := expert_metrics(self.net):
-                metrics |= {"train/aux_loss": aux_loss} | experts
+            if (routing := self.running_means.mean_routing(self.trainer.strategy)) is not None:
+                metrics |= {"train/aux_loss": aux_loss} | expert_metrics(routing)
             self._train_metrics = (self.trainer.global_step, metrics)
             if self._is_log_step():
                 self.running_means.reset()

@@ -23,11 +23,13 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from minigpt_pl.checkpoint.io import BEST_CKPT
 from minigpt_pl.data.baselines import MAX_BASELINE_CHARACTERS, split_baselines
 from minigpt_pl.runtime.atomic_io import SAMPLES_FILE, SUMMARY_FILE, atomic_write
-from minigpt_pl.runtime.errors import UserError
+from minigpt_pl.runtime.errors import UserError, one_line
+from minigpt_pl.training.by_products import read_metrics, read_or_set_aside, read_samples, read_summary
 from minigpt_pl.training.callbacks import get_callback
 from minigpt_pl.training.patches import remove_anonymous, wandb_environment
-from minigpt_pl.training.sampling import read_samples
 from minigpt_pl.training.summary import RunSummary
+
+WITHOUT_WANDB = "correct this, or train without W&B by --wandb null"
 
 
 class ResumableCSVLogger(Logger):
@@ -45,13 +47,10 @@ class ResumableCSVLogger(Logger):
         super().__init__()
         self.path, self.columns = path, ["step", "split"]
         self.rows: list[dict[str, str]] = []
-        if path.exists() and step > 0:
-            with path.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                self.columns = list(reader.fieldnames or self.columns)
-                whole = (row for row in reader if row["split"] in ("train", "val"))  # the last may have been cut short
-                self.rows = [row for row in whole if int(row["step"]) <= step]
-            self.rows = [row for row in self.rows if row["step"] != str(step) or row["split"] not in dropped]
+        if step > 0:
+            self.columns, rows = read_or_set_aside(path, read_metrics, (self.columns, self.rows))
+            rows = [row for row in rows if int(row["step"]) <= step]
+            self.rows = [row for row in rows if int(row["step"]) != step or row["split"] not in dropped]
         self._rewrite()
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -150,14 +149,23 @@ class WandbConfig:
         Raises:
             UserError: If W&B refuses.
         """
-        import wandb  # takes seconds, and validate and predict do not need it
+        try:
+            import wandb  # takes seconds, and validate and predict do not need it
 
+            quiet = wandb.Settings(silent=True, console="off")
+        except Exception as error:  # of an installation that is not whole
+            cause = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"W&B cannot be imported ({cause})", remedy=WITHOUT_WANDB) from error
+        try:
+            f"{run_dir.resolve()}{json.dumps(config, ensure_ascii=False)}".encode()
+        except UnicodeEncodeError:
+            remedy = "use another one, or train without W&B by --wandb null"
+            raise UserError("W&B takes no name or path that is not UTF-8", remedy=remedy) from None
         options = asdict(self) | {"name": self.name or run_dir.name, "id": run_id}
         del options["log_best"]
         options["mode"] = (
             "offline" if options.pop("offline") else "online"
         )  # Lightning's own offline=True sets os.environ
-        quiet = wandb.Settings(silent=True, console="off")
         logger = BufferedWandbLogger(save_dir=str(run_dir), config=config, settings=quiet, **options)
         remove_anonymous(logger)
         try:
@@ -167,7 +175,7 @@ class WandbConfig:
             _ = logger.experiment
         except wandb.Error as error:
             message = f"W&B does not start the run: {str(error).rstrip('.')}"
-            raise UserError(message, remedy="correct this, or train without W&B by --wandb null") from error
+            raise UserError(message, remedy=WITHOUT_WANDB) from error
         return logger
 
 
@@ -197,8 +205,7 @@ def wandb_run(
             logger.flush()
             run: Any = logger.experiment
             summary_file, best = run_dir / SUMMARY_FILE, run_dir / BEST_CKPT
-            if summary_file.exists():
-                summary = json.loads(summary_file.read_text("utf-8"))
+            if summary := read_summary(summary_file):
                 run.summary.update({name: value for name, value in summary.items() if name != "config"})
             if wandb_config.log_best and best.exists():
                 run.log_artifact(str(best), name=f"best-{run_id}", type="model", aliases=["best"])

@@ -7,7 +7,6 @@ import math
 import time
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from minigpt_pl.runtime.errors import DivergenceError
@@ -29,7 +28,7 @@ class Throughput:
     def __init__(self) -> None:
         self.tokens, self.seconds, self.steps, self.started_at = 0, 0.0, 0, 0.0
         self._clock, self._resumed_at = 0.0, 0.0
-        self._last_update = (0, 0.0)  # tokens seen, clock
+        self._last_update = self._last_log = (0, 0.0)  # tokens seen, clock
         self._first_step_end = 0.0
 
     def resume(self) -> None:
@@ -49,17 +48,21 @@ class Throughput:
         if self.steps == 1:
             self._first_step_end = self.clock()
         elif self.steps == self.warmup_steps:
-            self._last_update = (tokens_seen, self.clock())
+            self._last_update = self._last_log = (tokens_seen, self.clock())
 
-    def update(self, tokens_seen: int) -> float | None:
-        """Adds the steps since the last update; returns their tokens per second."""
-        if self.steps <= self.warmup_steps:
-            return None
-        clock = self.clock()
-        tokens, seconds = tokens_seen - self._last_update[0], clock - self._last_update[1]
-        self._last_update = (tokens_seen, clock)
-        self.tokens += tokens
-        self.seconds += seconds
+    def update(self, tokens_seen: int) -> None:
+        """Adds the steps since the last update."""
+        if self.steps > self.warmup_steps:
+            clock = self.clock()
+            self.tokens += tokens_seen - self._last_update[0]
+            self.seconds += clock - self._last_update[1]
+            self._last_update = (tokens_seen, clock)
+
+    def log(self, tokens_seen: int) -> float | None:
+        """Tokens per second since the last log, however often a checkpoint was saved in between."""
+        self.update(tokens_seen)
+        tokens, seconds = (now - then for now, then in zip(self._last_update, self._last_log, strict=True))
+        self._last_log = self._last_update
         return tokens / seconds if seconds else None
 
     def seconds_per_step(self) -> float:
@@ -80,8 +83,7 @@ class TrainMetrics(Callback):
         self.tokens_seen = 0
         self.latest: dict[str, float] = {}
         self.throughput = Throughput()
-        self._restored_counts = [0, 0]  # micro-batches and steps since the last log, from a checkpoint
-        self._restored_sums: list[list[float]] = []  # (processes, 3), from a checkpoint
+        self._restored: dict[str, Any] = {}  # from a checkpoint
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -91,29 +93,21 @@ class TrainMetrics(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self.on_validation_start(trainer, pl_module)
         self.throughput.update(self.tokens_seen)
-        means = pl_module.running_means
-        sums = trainer.strategy.all_gather(means.sums)  # (3,) or (processes, 3)
         checkpoint["callbacks"][self.state_key] = {
             "tokens_seen": self.tokens_seen,
             "timed_tokens": self.throughput.tokens,
             "timed_seconds": self.throughput.seconds,
-            "unlogged": [means.micro_batches, means.steps],
-            "running_sums": sums.view(-1, len(means.sums)).tolist(),
-        }
+        } | pl_module.running_means.state(trainer.strategy)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens_seen = state_dict["tokens_seen"]
         self.throughput.tokens, self.throughput.seconds = state_dict["timed_tokens"], state_dict["timed_seconds"]
-        self._restored_counts, self._restored_sums = state_dict["unlogged"], state_dict["running_sums"]
+        self._restored = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        if self._restored_sums:
-            sums = torch.tensor(self._restored_sums)
-            same_processes = len(sums) == trainer.world_size
-            means = pl_module.running_means
-            means.sums.copy_(sums[trainer.global_rank] if same_processes else sums.mean(0))
-            means.micro_batches, means.steps = self._restored_counts
-            self._restored_sums = []
+        if self._restored:
+            pl_module.running_means.restore(self._restored, trainer.global_rank, trainer.world_size)
+            self._restored = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.throughput.resume()
@@ -144,6 +138,6 @@ class TrainMetrics(Callback):
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergenceError(f"step {trainer.global_step}: train/loss is {loss}, train/grad_norm is {grad_norm}")
         metrics["tokens_seen"] = self.tokens_seen
-        if speed := self.throughput.update(self.tokens_seen):
+        if speed := self.throughput.log(self.tokens_seen):
             metrics["perf/tokens_per_s"] = speed
         self.latest = metrics

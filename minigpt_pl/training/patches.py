@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import WandbLogger
 
+from minigpt_pl.runtime.paths import home_for
 from minigpt_pl.training.wandb_variables import HIDDEN
 
 STEP_HOOKS = (
@@ -84,6 +85,7 @@ def wandb_environment(run_dir: Path, offline: bool) -> Iterator[None]:
     """
     before = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
     os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").resolve()))  # else tables are copied to the home
+    os.environ.update(replaced := home_for((run_dir / "wandb").resolve()))
     if offline:
         os.environ["WANDB_ERROR_REPORTING"] = "false"  # it looks up its error server even when offline
     for name in HIDDEN:
@@ -93,4 +95,6 @@ def wandb_environment(run_dir: Path, offline: bool) -> Iterator[None]:
     finally:
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
             del os.environ[name]
+        if "HOME" in replaced:
+            del os.environ["HOME"]
         os.environ.update(before)

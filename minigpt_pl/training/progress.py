@@ -80,12 +80,13 @@ class ProgressBar(TQDMProgressBar):
         if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
             return
         self._evals += 1
-        train, val = get_callback(trainer, TrainMetrics).latest, pl_module.eval_metrics
+        logged, val = get_callback(trainer, TrainMetrics).latest, pl_module.eval_metrics
+        train = pl_module.train_metrics()  # the steps since the last log, which may end at this one
         columns = [f"step {trainer.global_step:>5}/{trainer.max_steps}"]
-        columns += [f"train/loss {train['train/loss']:.4f}"] if train else []
+        columns += [f"train/loss {train['train/loss']:.4f}"]
         columns += [f"val/loss {val['val/loss']:.4f}", f"nats/char {val['val/nats_per_char']:.4f}"]
         columns += [f"val/full_loss {val['val/full_loss']:.4f}"] if "val/full_loss" in val else []
-        columns += [f"{train['perf/tokens_per_s']:,.0f} tokens/s"] if "perf/tokens_per_s" in train else []
+        columns += [f"{logged['perf/tokens_per_s']:,.0f} tokens/s"] if "perf/tokens_per_s" in logged else []
         if trainer.global_step < trainer.max_steps and not trainer.should_stop:
             seconds = min(self.seconds_left(trainer), get_callback(trainer, GracefulStop).seconds_left)
             columns += [f"{format_duration(seconds)} left"]

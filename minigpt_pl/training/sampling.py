@@ -3,20 +3,19 @@
 How tokens are chosen is in `generation`.
 """
 
-import re
 import sys
 from pathlib import Path
 from typing import Any, final
 
 from lightning.pytorch import Callback, LightningModule
 
+from minigpt_pl.data.tokenizer import Tokenizer
 from minigpt_pl.generation.generate import SamplingConfig, generate
 from minigpt_pl.runtime.atomic_io import SAMPLES_FILE, atomic_write
+from minigpt_pl.runtime.errors import rank_zero_print
 from minigpt_pl.runtime.ranges import NonNegativeFinite, PositiveInt, TokenCount
 from minigpt_pl.training.averaging import averaged_weights
-
-SAMPLE_HEADER = "=== step "
-"""Before each sample in samples.txt, with the step."""
+from minigpt_pl.training.by_products import format_sample, read_whole_samples
 
 
 @final
@@ -41,11 +40,13 @@ class SampleCallback(Callback):
         self.sampling = SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature)
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        if unknown := unknown_characters(self.prompt, trainer.datamodule.tokenizer):
+            rank_zero_print(f"samples.prompt: the text has no {unknown}; the samples begin without")
         path = Path(trainer.default_root_dir, SAMPLES_FILE)
         if trainer.is_global_zero and path.exists():  # samples from after the checkpoint are written again
             step = trainer.global_step
             extra = step % trainer.datamodule.config.eval_every != 0  # a longer run makes no evaluation here
-            samples = [sample for sample in read_samples(path) if sample[0] <= step - extra]
+            samples = [sample for sample in read_whole_samples(path) if sample[0] <= step - extra]
             atomic_write(path, "".join(format_sample(*sample) for sample in samples).encode())
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -60,15 +61,9 @@ class SampleCallback(Callback):
                 file.write(format_sample(step, text))
 
 
-def format_sample(step: int, text: str) -> str:
-    return f"{SAMPLE_HEADER}{step}\n{text}\n"
-
-
-def read_samples(path: Path) -> list[tuple[int, str]]:
-    """Step and text of each sample in samples.txt, including those from before a resume."""
-    content = path.read_bytes().decode() if path.exists() else ""  # as bytes, which keeps other line ends
-    _, *fields = re.split(rf"^{SAMPLE_HEADER}(\d+)\n", content, flags=re.MULTILINE)
-    return [(int(step), text.removesuffix("\n")) for step, text in zip(fields[::2], fields[1::2], strict=True)]
+def unknown_characters(prompt: str, tokenizer: Tokenizer) -> str:
+    """The characters of a prompt that a tokenizer lacks, quoted; "" if there are none."""
+    return " ".join(map(repr, sorted(set(prompt) - set("".join(tokenizer.vocabulary)))))
 
 
 def generate_sample(trainer: Any, pl_module: Any, prompt: str, sampling: SamplingConfig) -> str:

@@ -21,6 +21,7 @@ from minigpt_pl.runtime.atomic_io import SUMMARY_FILE, atomic_write
 from minigpt_pl.runtime.errors import DivergenceError
 from minigpt_pl.runtime.user_classes import user_class_args
 from minigpt_pl.training.averaging import averaged_weights
+from minigpt_pl.training.by_products import read_summary
 from minigpt_pl.training.callbacks import get_callback
 from minigpt_pl.training.checkpointing import BestCheckpoint
 from minigpt_pl.training.metrics import TrainMetrics
@@ -98,7 +99,7 @@ class RunSummary(Callback):
             "versions": versions(),
             "git_commit": git_commit(),
             "data_sha256": trainer.datamodule.text_stats.sha256,
-            "data_files": [path.name for path in trainer.datamodule.find_files()],
+            "data_files": [path.name for path in trainer.datamodule.read().files],
             "tokenizer_sha256": trainer.datamodule.tokenizer.sha256,
             "parent": self.parent,
             "parent_step": self.parent_step,
@@ -126,11 +127,12 @@ class RunSummary(Callback):
                 self._write(trainer, pl_module, "diverged" if isinstance(exception, DivergenceError) else "error")
 
     def _is_final(self, trainer: Trainer) -> bool:
-        try:
-            summary = json.loads(Path(trainer.default_root_dir, SUMMARY_FILE).read_text("utf-8"))
-        except (OSError, ValueError):
-            return False
-        return summary["total_steps"] == trainer.global_step and summary["stop_reason"] in NORMAL_STOPS
+        summary = read_summary(Path(trainer.default_root_dir, SUMMARY_FILE))
+        return (
+            summary is not None
+            and summary["total_steps"] == trainer.global_step
+            and summary["stop_reason"] in NORMAL_STOPS
+        )
 
     @torch.no_grad()
     def _final_train_loss(self, trainer: Any, pl_module: Any) -> float:

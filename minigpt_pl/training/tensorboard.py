@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from minigpt_pl.runtime.atomic_io import SAMPLES_FILE, TENSORBOARD_DIR
 from minigpt_pl.runtime.errors import UserError, one_line
-from minigpt_pl.training.sampling import read_samples
+from minigpt_pl.training.by_products import read_samples
 
 FLUSH_SECONDS = 2  # a reader sees a row this late
 

@@ -6,21 +6,27 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from conftest import PROJECT, Outcome
 from lightning.pytorch import Trainer, callbacks
+from lightning.pytorch.strategies import StrategyRegistry
 from support.runs import summary
 
 from minigpt_pl.checkpoint.io import read_checkpoint
 from minigpt_pl.cli.options import RESERVED
+from minigpt_pl.runtime.errors import UserError
+from minigpt_pl.training.monitors import ALWAYS, monitorable
 from minigpt_pl.training.refused_callbacks import REFUSED
+from minigpt_pl.training.refused_strategies import check_strategy
 
 Fit = Callable[..., Outcome]
 PAGE = (PROJECT / "docs" / "lightning.md").read_text("utf-8")
-OPTIONS, CALLBACKS = (dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", part, re.M)) for part in PAGE.split("## Callbacks"))
+PARTS = re.split("## Strategies.*?## Callbacks", PAGE, flags=re.S)
+OPTIONS, CALLBACKS = (dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", part, re.M)) for part in PARTS)
 
 
 @pytest.fixture
@@ -68,6 +74,59 @@ def test_a_refused_callback_says_why(name: str, fit: Fit, tmp_path: Path) -> Non
     assert outcome.err.count("\n") == 1
     assert f"--trainer.callbacks {name}" in outcome.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", StrategyRegistry.available_strategies())
+def test_a_strategy_works_or_is_refused_with_its_reason(name: str) -> None:
+    works = {"ddp", "single_device", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"}
+    if name in works:
+        check_strategy(name)
+        assert f"`{name}`" in PAGE
+        return
+    with pytest.raises(UserError, match=f"trainer.strategy {name}: .*; use ddp"):
+        check_strategy(name)
+
+
+def test_a_strategy_that_would_lose_the_run_is_refused_before_anything_is_written(fit: Fit, tmp_path: Path) -> None:
+    strategy = "--trainer.strategy"
+    for options in (
+        [strategy, "ddp_spawn"],
+        [strategy, "DDPStrategy", f"{strategy}.start_method", "fork"],
+        [strategy, "FSDPStrategy"],
+    ):
+        outcome = fit(*options)
+        assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+        assert "use ddp" in outcome.err
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint"])
+@pytest.mark.parametrize("monitor", ["val/los", "perf/tokens_per_s", "moe/entropy"])
+def test_a_monitor_that_no_evaluation_has_is_refused_at_the_start(
+    name: str, monitor: str, fit: Fit, tmp_path: Path
+) -> None:
+    outcome = fit("--trainer.callbacks", name, "--trainer.callbacks.monitor", monitor)
+    assert outcome.status == 2
+    assert f"trainer.callbacks.{name}.monitor {monitor}: no evaluation has this metric" in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mode", ["full", "both", "sampled"])
+def test_each_metric_of_an_evaluation_can_be_monitored(mode: str, fit: Fit, tmp_path: Path) -> None:
+    model = SimpleNamespace(config=SimpleNamespace(n_experts=2))
+    name = "--trainer.callbacks"
+    for monitor in monitorable(model, mode) - (set(ALWAYS) - {"train/loss", "lr"}):
+        options = ("--data.eval_mode", mode, "--data.eval_iters", 2, "--model.n_experts", 2, "--trainer.max_steps", 3)
+        outcome = fit(
+            name,
+            "EarlyStopping",
+            f"{name}.monitor",
+            monitor,
+            *options,
+            "--run_dir",
+            tmp_path / monitor.replace("/", "-"),
+        )
+        assert outcome.status == 0, outcome.err
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import torch
 import yaml
 from conftest import PROJECT, Outcome
 
+from minigpt_pl.training.by_products import read_samples
 from minigpt_pl.training.evaluation import MAX_LOAD_METRICS, expert_metrics
 from minigpt_pl.training.lit_modules import ModernLM
-from minigpt_pl.training.sampling import read_samples
 
 FIT = (
     "fit", "-c", "smoke", "--model.n_embd", 16, "--model.block_size", 16, "--data.batch_size", 4,
@@ -240,7 +240,8 @@ def test_many_experts_give_a_limited_number_of_metrics(layers: int, experts: int
     sizes = {"vocab_size": 7, "n_layer": layers, "n_head": 1, "n_embd": 8, "block_size": 4, "n_experts": experts}
     model = ModernLM(lr=1e-3, dropout=0.0, weight_decay=0.0, **sizes)
     model.net(torch.zeros(1, 4, dtype=torch.long))
-    loads = {name: value for name, value in expert_metrics(model.net).items() if name.startswith("moe/load_")}
+    routing = torch.stack([torch.stack(moe.last_routing) for moe in model.net.moe_layers() if moe.last_routing])
+    loads = {name: value for name, value in expert_metrics(routing).items() if name.startswith("moe/load_")}
     assert len(loads) == expected <= MAX_LOAD_METRICS
     assert max(loads.values()) == 1.0  # four equal tokens choose one expert
 
