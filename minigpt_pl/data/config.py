@@ -19,8 +19,8 @@ class DataConfig:
     """Options of a TextDataModule.
 
     Args:
-        path: The text in UTF-8: a file, a directory, a glob, or a list of such. Files are read in sorted order. A
-            relative path is looked up in the working directory, then in the shipped files.
+        path: The text, in UTF-8: a file, a directory, a glob, or a list of such; relative to the working directory, or
+            to the shipped files.
         block_size: Tokens in a window.
         batch_size: Windows in a micro-batch, over all devices.
         eval_every: Optimizer steps between evaluations.
