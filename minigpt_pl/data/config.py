@@ -19,8 +19,7 @@ class DataConfig:
     """Options of a TextDataModule.
 
     Args:
-        path: The text, in UTF-8: a file, a directory, a glob, or a list of such; relative to the working directory, or
-            to the shipped files.
+        path: The text, in UTF-8: a file, a directory, a glob, or a list of such.
         block_size: Tokens in a window.
         batch_size: Windows in a micro-batch, over all devices.
         eval_every: Optimizer steps between evaluations.
