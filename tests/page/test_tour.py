@@ -194,7 +194,7 @@ def test_the_policy_of_the_page_forbids_requests_and_other_scripts(
             script.textContent = "hacked = 1";
             document.body.append(script);
             new Image().src = address;
-            await fetch(address).catch(() => 0);
+            await fetch(address, { signal: AbortSignal.timeout(500) }).catch(() => 0);
             return typeof hacked;
         }"""
         assert tab.evaluate(script, f"http://127.0.0.1:{listener.getsockname()[1]}/") == "undefined"
