@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from conftest import PROJECT, Outcome
@@ -19,7 +20,7 @@ from minigpt_pl.experiments.results import measure, read_results, read_token_nll
 from minigpt_pl.experiments.tasks import Job
 
 MiniGPT = Callable[..., Outcome]
-LONG = ("--trainer.max_steps", 120, "--data.eval_every", 40, "--checkpoint.every_n_train_steps", 15)
+LONG = ("--trainer.max_steps", 160, "--data.eval_every", 40, "--checkpoint.every_n_train_steps", 15)
 BASE = " ".join(map(str, (*SMALL, *LONG, "--data.path", "text.txt")))
 ENV = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
 
@@ -77,6 +78,14 @@ def logged(run_dir: Path) -> int:
     return len(rows_of(run_dir)) if (run_dir / "metrics.csv").exists() else 0
 
 
+def is_under_way(run_dir: Path) -> bool:
+    return (run_dir / "last.ckpt").exists() and not (run_dir / "summary.json").exists()
+
+
+def command_of_child(process: "subprocess.Popen[bytes]") -> list[str]:
+    return [word for child in psutil.Process(process.pid).children() for word in child.cmdline()]
+
+
 @pytest.mark.e2e
 def test_the_run_of_a_killed_worker_ends_on_another_one_with_the_weights_of_a_run_alone(
     directory: Path, cluster: Cluster, minigpt: MiniGPT
@@ -84,10 +93,11 @@ def test_the_run_of_a_killed_worker_ends_on_another_one_with_the_weights_of_a_ru
     """Then Ctrl-C stops a third run on its worker, and the same command continues it."""
     run_dirs = [directory / "runs" / "trial" / f"{name}-1337" for name in "ab"]
     command = [sys.executable, "-m", "minigpt_pl", "study", "trial.yaml", "--scheduler", cluster.address]
-    victim = cluster.add_worker("--resources", "threads=1")
-    cluster.add_worker("--resources", "threads=1")
+    workers = [cluster.add_worker("--resources", "threads=1") for _ in range(2)]
     study = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: all((run_dir / "last.ckpt").exists() and logged(run_dir) > 7 for run_dir in run_dirs), study)
+    wait_for(lambda: any(map(is_under_way, run_dirs)), study)
+    (run_dir,) = [run_dir for run_dir in run_dirs if is_under_way(run_dir)][:1]
+    (victim,) = (worker for worker in workers if str(run_dir) in command_of_child(worker))
     victim.kill()
     out, err = study.communicate(timeout=600)
     assert study.returncode == 0, (out, err, (directory / "dask.log").read_text()[-3000:])
@@ -119,7 +129,7 @@ def test_the_run_of_a_killed_worker_ends_on_another_one_with_the_weights_of_a_ru
     again = subprocess.run(more, env=ENV, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "a-1338 resumes" in again.stdout
-    assert summary(third)["total_steps"] == 120
+    assert summary(third)["total_steps"] == 160
 
 
 @pytest.mark.e2e
