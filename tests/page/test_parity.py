@@ -139,7 +139,7 @@ def test_what_happened_inside_is_what_torch_computes(browser: Any, tmp_path: Pat
     assert len(again["attention"][0][0]) == 4
 
 
-TEXT = "the cat sat on the mat\nthe hat of the cat\nthat theatre\n" * 3
+TEXT = "the cat sat on the mat\nthe hat of the cat\nthat theatre zzz zz zzzzz\n" * 3
 
 
 @pytest.mark.parametrize("max_line", [None, 1024, 7])
