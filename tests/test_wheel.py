@@ -22,7 +22,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_contains_the_code_the_configs_and_the_text_unchanged(wheel: Path) -> None:
-    sources = [*PROJECT.glob("minigpt_pl/**/*.py")]
+    sources = [*PROJECT.glob("minigpt_pl/**/*.py"), *PROJECT.glob("minigpt_pl/page/assets/*")]
     shipped = [*PROJECT.glob("configs/**/*.yaml"), PROJECT / "data" / "input.txt", PROJECT / "data" / "README.md"]
     expected = {str(path.relative_to(PROJECT)): path for path in sources}
     expected |= {f"minigpt_pl/shipped/{path.relative_to(PROJECT)}": path for path in shipped}

@@ -175,8 +175,8 @@ def test_a_run_of_several_files_resumes_from_anywhere(
     summary = json.loads((run / "summary.json").read_text())
     assert summary["data_files"] == ["a.txt", "b.txt"]
     assert summary["config"]["data"]["path"] == "texts/*.txt"
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "other_place").mkdir()
+    monkeypatch.chdir(tmp_path / "other_place")
     assert minigpt("validate", "--run_dir", run, "--ckpt_path", "best").status == 0
     longer = minigpt("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", 6)
     assert longer.status == 0, longer.err

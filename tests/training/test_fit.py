@@ -181,7 +181,8 @@ def test_summary_json_has_the_metrics_of_the_run(finished: tuple[Path, Outcome],
     assert list(summary) == [
         "best_val", "best_step", "best_nats_per_char", "best_bits_per_byte", "final_train_loss", "final_val_loss",
         "total_steps", "stop_reason", "tokens_seen", "wall_seconds", "tokens_per_s", "params_total", "params_active",
-        "seed", "versions", "git_commit", "data_sha256", "tokenizer_sha256", "parent", "parent_step", "config",
+        "seed", "versions", "git_commit", "data_sha256", "data_files", "tokenizer_sha256", "parent", "parent_step",
+        "config",
     ]  # fmt: skip
     losses = {int(row["step"]): float(row["val/loss"]) for row in rows if row["split"] == "val"}
     assert summary["best_val"] == min(losses.values())

@@ -10,7 +10,7 @@ from conftest import Outcome
 from support.runs import SMALL, at_micro_batch, rows_of, snapshot
 
 from minigpt_pl.runtime.atomic_io import TENSORBOARD_DIR
-from minigpt_pl.training.sampling import read_samples
+from minigpt_pl.training.by_products import read_samples
 
 SAMPLED = ("--samples.every_n_evals", 1, "--samples.max_new_tokens", 8, "--samples.prompt", "sea\n\nsea")
 
