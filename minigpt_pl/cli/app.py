@@ -26,6 +26,7 @@ from minigpt_pl.cli.given_options import config_options, user_options
 from minigpt_pl.cli.initial_weights import initial_weights
 from minigpt_pl.cli.prompts import PredictConfig, encode_prompts
 from minigpt_pl.cli.start import changes, find_start, path_option, read_start
+from minigpt_pl.cli.yaml_values import accept_any_path
 from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.data.sources import find_files
 from minigpt_pl.runtime import signals
@@ -51,6 +52,7 @@ def run(command: str, args: list[str]) -> int:
     """Runs fit, validate, test or predict; returns the exit status."""
     silence_libraries()
     classes.find_modules_here()
+    accept_any_path()
     if help.is_help_request(args):
         print(help.render_help(command, args))
         return 0

@@ -133,8 +133,9 @@ def export(checkpoint_path: Path, out: Path, native: bool | None = None) -> list
         save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
         for name, content in jsons.items():
             (out / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        library_tokenizer(tokenizer).save(str(out / "tokenizer.json"))
-        (out / "README.md").write_text(card + OWN_CODE * own_code, "utf-8")
+        library = library_tokenizer(tokenizer)
+        (out / "tokenizer.json").write_text(library.to_str(pretty=True), "utf-8")  # save() takes UTF-8 paths only
+        (out / "README.md").write_text(card + OWN_CODE * own_code, "utf-8", "replace")
         if own_code:
             (out / MODELING_FILE).write_text(modeling_source(version("minigpt_pl")), "utf-8")
     except (OSError, SafetensorError) as error:

@@ -9,10 +9,30 @@ from types import NoneType
 from typing import Any, get_args
 
 import yaml
+from jsonargparse import set_loader
+from jsonargparse._loaders_dumpers import get_yaml_default_loader, yaml_load
 
 NUMBERS = {int, float, bool}
 OTHER_BASES = re.compile(r"[-+]?0[xob]|.*:")
 """Numbers of YAML that are none on the command line."""
+
+SURROGATE = re.compile(r"\\u[dD][c-fC-F]", re.ASCII)
+"""How YAML and JSON spell a byte of a path that is not UTF-8."""
+
+
+def accept_any_path() -> None:
+    """Makes jsonargparse read paths that are not UTF-8 from a configuration, which libyaml refuses."""
+
+    def load(text: str) -> Any:
+        try:
+            return yaml_load(text)
+        except yaml.YAMLError:
+            if not SURROGATE.search(text):
+                raise
+            resolvers = {"yaml_implicit_resolvers": get_yaml_default_loader().yaml_implicit_resolvers}
+            return yaml.load(text, type("PythonLoader", (yaml.SafeLoader,), resolvers))
+
+    set_loader("yaml", load, exceptions=(yaml.YAMLError,))
 
 
 def load_options(text: str, hint_of: Callable[[str], Any], prefix: str = "") -> Any:

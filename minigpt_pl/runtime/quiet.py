@@ -21,5 +21,6 @@ def silence_libraries() -> None:
         ".*smaller than the logging interval.*",
         ".*predict returned None.*",
         ".*Trying to infer the `batch_size`.*",
+        ".*infer the batch indices.*",
     ):
         warnings.filterwarnings("ignore", advice)

@@ -68,7 +68,7 @@ class FitRunner:
         self.run_dir, self.resuming, self.start, self.checkpoint = run_dir, resuming, start, checkpoint
         self.config, self.init = config, init
         if init.tensorboard:
-            check_tensorboard()
+            check_tensorboard(run_dir)
         self.wandb_id = choose_run_id(init.wandb, checkpoint["wandb_id"] if resuming else None)
         self.forking = bool(checkpoint) and not resuming
         parent = (str(start), checkpoint["global_step"]) if self.forking else weights_from

@@ -38,8 +38,8 @@ def set_callbacks(trainer: Any, callbacks: list[Callback]) -> None:
 def log_completed_steps(trainer: Any) -> None:
     """Makes what is logged during a fit go to the loggers with the number of completed steps.
 
-    Lightning counts one less. A metric named "step" would correct it too, but ModelCheckpoint would then name files by
-    the last value that was logged.
+    Lightning counts one less, and for what an evaluation logs by itself the batches of all evaluations. A metric named
+    "step" would correct it too, but ModelCheckpoint would then name files by the last value that was logged.
     """
     connector = trainer._logger_connector
     if "log_metrics" in vars(connector):  # an earlier fit of this trainer
@@ -47,7 +47,7 @@ def log_completed_steps(trainer: Any) -> None:
     original = connector.log_metrics
 
     def log_metrics(metrics: Any, step: int | None = None) -> None:
-        fitting = step is None and trainer.state.fn == "fit" and "step" not in metrics
+        fitting = trainer.state.fn == "fit" and "step" not in metrics
         original(metrics, trainer.global_step if fitting else step)
 
     connector.log_metrics = log_metrics

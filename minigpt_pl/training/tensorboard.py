@@ -18,14 +18,19 @@ from minigpt_pl.training.by_products import read_samples
 FLUSH_SECONDS = 2  # a reader sees a row this late
 
 
-def check_tensorboard() -> None:
-    """Raises UserError if the package is missing or broken."""
+def check_tensorboard(run_dir: Path) -> None:
+    """Raises UserError if the package is missing or broken, or cannot write into a directory of this name."""
     try:
         import torch.utils.tensorboard  # noqa: F401  # takes a second, and only such a run needs it
     except Exception as error:  # whatever a broken package raises
         remedy = 'pip install "minigpt_pl[tensorboard]", or use --tensorboard false'
         problem = f"the package tensorboard cannot be imported ({one_line(error)})"
         raise UserError(problem, option="tensorboard", value=True, remedy=remedy) from error
+    try:
+        str(run_dir).encode()
+    except UnicodeEncodeError:
+        problem, remedy = "TensorBoard takes no path that is not UTF-8", "use another one, or --tensorboard false"
+        raise UserError(problem, option="run_dir", value=run_dir, remedy=remedy) from None
 
 
 class RunTensorBoardLogger(TensorBoardLogger):

@@ -1,5 +1,6 @@
 """Checkpoint files are complete or absent, whatever the disk does, and damage is noticed and reported."""
 
+import errno
 import os
 import resource
 import shutil
@@ -15,7 +16,7 @@ import torch
 from conftest import Outcome
 from support.runs import SMALL, at_micro_batch, differences, train_small
 
-from minigpt_pl.checkpoint.io import AtomicCheckpointIO, iter_tensors, read_checkpoint, tensor_digest
+from minigpt_pl.checkpoint.io import AtomicCheckpointIO, iter_tensors, read_checkpoint, tensor_digest, write_error
 from minigpt_pl.runtime.errors import UserError
 
 Call = Callable[..., Outcome]
@@ -106,18 +107,61 @@ def test_a_failing_write_leaves_the_earlier_checkpoint(run: Path, monkeypatch: p
         assert not list(run.glob("*.writing"))
 
 
-def test_a_directory_that_cannot_be_synced_is_no_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some file systems refuse it; the checkpoint itself is on the disk by then."""
+@pytest.mark.parametrize("kind", [stat.S_ISDIR, stat.S_ISREG], ids=["directory", "file"])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_is_no_error(
+    kind: Callable[[int], bool], number: int, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint, fsync = read_checkpoint(run / "last.ckpt"), os.fsync
+    refused = []
 
     def refuse(descriptor: int) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(22, "Invalid argument")
+        if kind(os.fstat(descriptor).st_mode):
+            refused.append(descriptor)
+            raise OSError(number, os.strerror(number))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", refuse)
     AtomicCheckpointIO().save_checkpoint(checkpoint, run / "new.ckpt")
+    assert refused
     assert read_checkpoint(run / "new.ckpt")["global_step"] == checkpoint["global_step"]
+
+
+def test_a_run_trains_where_nothing_can_be_synced(
+    minigpt: Call, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    words = ("--data.path", text_file, "--run_dir", tmp_path / "run", "--trainer.max_steps", 4)
+    outcome = minigpt("fit", *SMALL, *words)
+    assert outcome.status == 0, outcome.err
+    assert read_checkpoint(tmp_path / "run" / "last.ckpt")["global_step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"), (errno.EIO, "correct this"),
+     (errno.EROFS, "correct this"), (errno.ENOENT, "correct this")],
+)  # fmt: skip
+def test_only_a_full_disk_asks_for_room(number: int, remedy: str) -> None:
+    assert f": {remedy}, then resume" in write_error("last.ckpt", OSError(number, os.strerror(number))).remedy
+
+
+def test_a_checkpoint_callback_of_lightning_leaves_the_runs_last_checkpoint_alone(
+    minigpt: Call, text_file: Path, tmp_path: Path
+) -> None:
+    """Both would write last.ckpt into the run directory; a run resumes from its own."""
+    name, run = "--trainer.callbacks", tmp_path / "run"
+    theirs = (name, "ModelCheckpoint", f"{name}.save_last", "true", f"{name}.monitor", "val/loss", f"{name}.dirpath")
+    words = ("--data.path", text_file, "--run_dir", run, "--trainer.max_steps", 6)
+    assert minigpt("fit", *SMALL, *words, *theirs, run).status == 0
+    assert (run / "last-v1.ckpt").exists()
+    assert read_checkpoint(run / "last.ckpt")["global_step"] == 6
+    outcome = minigpt("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", 8)
+    assert outcome.status == 0, outcome.err
+    assert read_checkpoint(run / "last.ckpt")["global_step"] == 8
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer, callbacks
 from lightning.pytorch.strategies import StrategyRegistry
 from support.runs import summary
 
+from minigpt_pl import ModernLM, TextDataModule, exact_training
 from minigpt_pl.checkpoint.io import read_checkpoint
 from minigpt_pl.cli.options import RESERVED
 from minigpt_pl.runtime.errors import UserError
@@ -60,12 +61,16 @@ def test_a_refused_option_says_why(name: str, fit: Fit, tmp_path: Path) -> None:
 
 
 ARGUMENTS: dict[str, list[Any]] = {
+    "GradientAccumulationScheduler": ["scheduling", "{0: 2}"],
     "StochasticWeightAveraging": ["swa_lrs", 0.01], "OnExceptionCheckpoint": ["dirpath", "x"],
     "ModelPruning": ["pruning_fn", "l1_unstructured"],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["BatchSizeFinder", "LearningRateFinder", "BackboneFinetuning", "Timer", *ARGUMENTS])
+WITHOUT_ARGUMENTS = ["BatchSizeFinder", "LearningRateFinder", "BackboneFinetuning", "BaseFinetuning", "Timer"]
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_ARGUMENTS, *ARGUMENTS])
 def test_a_refused_callback_says_why(name: str, fit: Fit, tmp_path: Path) -> None:
     argument, value = ARGUMENTS.get(name, ["", ""])
     options = [f"--trainer.callbacks.{argument}", value] if argument else []
@@ -98,6 +103,21 @@ def test_a_strategy_that_would_lose_the_run_is_refused_before_anything_is_writte
         assert (outcome.status, outcome.err.count("\n")) == (2, 1)
         assert "use ddp" in outcome.err
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--trainer.devices", 1], ["--trainer.strategy", "ddp"]])
+def test_processes_that_lightning_chooses_by_itself_are_refused_too(
+    options: list[Any], fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a notebook, Lightning forks where several devices are asked for."""
+    monkeypatch.setattr("lightning.pytorch.trainer.connectors.accelerator_connector._IS_INTERACTIVE", True)
+    outcome = fit("--trainer.devices", 2, *options)
+    if options[:1] == ["--trainer.devices"]:
+        assert outcome.status == 0, outcome.err
+        return
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+    assert ("trainer.strategy fork: its processes end" in outcome.err) == (not options)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint"])
@@ -208,6 +228,49 @@ def test_early_stopping_of_the_users_own_is_the_stop_reason(fit: Fit, tmp_path: 
     assert summary(tmp_path / "run")["total_steps"] == 6
 
 
+@pytest.mark.parametrize("monitor", ["train/loss", "train/grad_norm", "lr"])
+def test_early_stopping_on_a_training_metric_stops(monitor: str, fit: Fit, tmp_path: Path) -> None:
+    """Evaluations come every 3 steps, rows of the training metrics every 2."""
+    name = "--trainer.callbacks"
+    stop = (name, "EarlyStopping", f"{name}.monitor", monitor, f"{name}.patience", 1, f"{name}.min_delta", 100)
+    outcome = fit(*stop, "--trainer.max_steps", 30)
+    assert outcome.status == 0, outcome.err
+    assert summary(tmp_path / "run")["stop_reason"] == "early_stopping"
+    assert evaluated(tmp_path) == [3, 6]
+
+
+WORKING: dict[str, list[Any]] = {
+    "DeviceStatsMonitor": ["cpu_stats", "true"], "ThroughputMonitor": ["batch_size_fn", "builtins.len"],
+    "ModelSummary": ["max_depth", 2], "RichModelSummary": [], "WeightAveraging": [], "BasePredictionWriter": [],
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*flops_per_batch")
+@pytest.mark.parametrize("name", WORKING)
+def test_a_callback_works_and_what_it_logs_is_of_the_runs_steps(
+    name: str, fit: Fit, minigpt: Fit, tmp_path: Path
+) -> None:
+    option, run = "--trainer.callbacks", tmp_path / "run"
+    given = [option, name]
+    if WORKING[name]:
+        argument, value = WORKING[name]
+        given += [f"{option}.{argument}", value]
+    outcome = fit(*given)
+    assert outcome.status == 0, outcome.err
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert max(int(row["step"]) for row in rows) == 6
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == [2, 4, 6]
+    if name.endswith("Monitor"):
+        (column,) = {"cpu_percent", "validate/samples"} & {key.rpartition("start/")[2] for key in rows[0]}
+        assert any(value for row in rows for key, value in row.items() if key.endswith(column))
+    if name in ("ThroughputMonitor", "WeightAveraging"):
+        repeated = given if name == "ThroughputMonitor" else []  # a function that a file names is not trusted
+        resumed = minigpt("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", 8, *repeated)
+        assert resumed.status == 0, resumed.err
+        assert evaluated(tmp_path) == [3, 6, 8]
+
+
 @pytest.mark.parametrize("name", ["LearningRateMonitor", "TQDMProgressBar", "RichProgressBar", "SpikeDetection"])
 def test_a_single_callback_needs_no_list(name: str, fit: Fit) -> None:
     outcome = fit("--trainer.callbacks", name)
@@ -252,3 +315,34 @@ def test_a_callback_of_the_users_own_is_found_and_only_fit_needs_it(
     for command in ("validate", "predict"):
         outcome = minigpt(command, "--run_dir", tmp_path / "run", "--ckpt_path", "best")
         assert outcome.status == 0, outcome.err
+
+
+def test_a_prediction_writer_of_the_users_own_gets_the_tokens(
+    fit: Fit, minigpt: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "writers_of_mine.py").write_text(
+        "from lightning.pytorch.callbacks import BasePredictionWriter\n\n\n"
+        "class Writer(BasePredictionWriter):\n"
+        "    def write_on_batch_end(self, trainer, model, prediction, *rest):\n"
+        "        print([len(sample) for sample in prediction])\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert fit("--trainer.max_steps", 1).status == 0
+    start = ("--run_dir", tmp_path / "run", "--ckpt_path", "best", "--trainer.callbacks", "writers_of_mine.Writer")
+    outcome = minigpt("predict", *start, "--sample.max_new_tokens", 7, "--sample.num_samples", 2)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "[7, 7]" in outcome.out
+
+
+def test_a_callback_made_of_functions_works_from_python(text_file: Path, tmp_path: Path) -> None:
+    ends: list[int] = []
+    data = TextDataModule(path=str(text_file), block_size=16, batch_size=2, eval_every=2)
+    model = ModernLM(n_layer=1, n_head=2, n_embd=8, block_size=16, vocab_size=data.vocab_size, dropout=0.0, lr=1e-3,
+                     weight_decay=0.0)  # fmt: skip
+    exact = exact_training(tmp_path / "run")
+    mine = callbacks.LambdaCallback(on_train_batch_end=lambda trainer, *rest: ends.append(trainer.global_step))
+    exact["callbacks"].append(mine)
+    quiet = {"logger": False, "enable_model_summary": False, "enable_progress_bar": False}
+    Trainer(max_steps=2, accelerator="cpu", **quiet, **exact).fit(model, datamodule=data)
+    assert ends == [1, 2]

@@ -144,6 +144,8 @@ def test_a_progress_bar_is_shown_for_a_large_file(tmp_path: Path, capfd: pytest.
 
 # Bad files.
 
+WORDS = "the sea comes in, the sea goes out\n" * 3
+
 
 @pytest.mark.parametrize(
     ("data", "message"),
@@ -153,6 +155,10 @@ def test_a_progress_bar_is_shown_for_a_large_file(tmp_path: Path, capfd: pytest.
         (b" \n\t\r\n ", "it has 5 characters, all white space"),
         ("text".encode("utf-16"), "it is UTF-16, by its first two bytes; convert it to UTF-8"),
         (codecs.BOM_UTF16_BE + "text".encode("utf-16-be"), "it is UTF-16"),
+        *((WORDS.encode(f"utf-16-{end}"), "it looks like UTF-16: from byte [01] on") for end in ("le", "be")),
+        *((WORDS.encode(f"utf-32-{end}"), "it looks like UTF-32: from byte [0-3] on") for end in ("le", "be")),
+        (("a" * corpus.CHUNK_BYTES + WORDS).encode("utf-16-le"), "it looks like UTF-16: from byte 0 on"),
+        (b"a" * 50 + WORDS.encode("utf-16-le"), "it looks like UTF-16: from byte (49|50) on"),
     ],
 )
 def test_a_file_without_text_is_refused(tmp_path: Path, data: bytes, message: str) -> None:

@@ -78,13 +78,13 @@ class Process:
             os.killpg(self.popen.pid, number)
         else:
             self.popen.send_signal(number)
-        status = self.popen.wait(120)
+        status = self.popen.wait(300)
         if number == signal.SIGKILL:
             place, step = self.place()
         return Landed(name, place, step, status, self.log.read_text("utf-8"))
 
     def end(self) -> int:
-        return self.popen.wait(120)
+        return self.popen.wait(300)
 
 
 def faults(landed: Landed, run_dir: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from statistics import mean
 from unittest.mock import patch
 
 import pytest
@@ -12,6 +13,7 @@ from support.runs import rows_of, train_small
 from minigpt_pl.models.moe import MoE
 from minigpt_pl.training.metrics import Throughput
 from minigpt_pl.training.monitors import ALWAYS, BY_EVAL_MODE, EXPERTS
+from minigpt_pl.training.running_means import RunningMeans
 
 MOE = ("--model.n_layer", 1, "--model.n_experts", 4, "--model.moe_top_k", 1, "--trainer.accumulate_grad_batches", 2)
 
@@ -31,6 +33,23 @@ def test_the_load_of_experts_is_that_of_all_micro_batches_since_the_last_log(tmp
     for start, step in ((0, 3), (3, 6), (15, 16)):
         expected = torch.stack(shares[2 * start : 2 * step]).mean(0).tolist()
         assert [float(rows[step][f"moe/load_0_{expert}"]) for expert in range(4)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_line_of_an_evaluation_shows_the_mean_loss_since_the_last_row(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rows come every 3 steps, evaluations every 5; a step has two micro-batches."""
+    losses, original = [], RunningMeans.add_losses
+
+    def add_losses(self: RunningMeans, loss: torch.Tensor, aux_loss: torch.Tensor) -> None:
+        losses.append(loss.item())
+        original(self, loss, aux_loss)
+
+    with patch.object(RunningMeans, "add_losses", add_losses):
+        train_small(tmp_path, "--trainer.enable_progress_bar", "true", "--trainer.accumulate_grad_batches", 2)
+    lines = re.findall(r"step +(\d+)/16  train/loss ([\d.]+)", capfd.readouterr().out)
+    means = {step: mean(losses[2 * start : 2 * step]) for start, step in ((3, 5), (9, 10), (12, 15), (15, 16))}
+    assert lines == [(str(step), f"{value:.4f}") for step, value in means.items()]
 
 
 def test_a_save_between_two_logs_does_not_shorten_the_interval_of_the_speed() -> None:

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,11 @@ import pytest
 import torch
 import yaml
 from conftest import PROJECT, Outcome
+from support.runs import at_micro_batch
 
+from minigpt_pl.checkpoint.io import read_checkpoint
+from minigpt_pl.data.baselines import split_baselines
+from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.training.by_products import read_samples
 from minigpt_pl.training.evaluation import MAX_LOAD_METRICS, expert_metrics
 from minigpt_pl.training.lit_modules import ModernLM
@@ -191,6 +196,76 @@ def test_a_failed_run_is_marked_and_an_online_run_without_a_key_is_refused(
     monkeypatch.setenv("WANDB_MODE", "online")
     done = minigpt(*FIT, "--data.path", text_file, "--run_dir", tmp_path / "live")
     assert "WANDB_MODE online in the environment: W&B has no API key" in done.err
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
+def test_a_wandb_that_cannot_be_imported_costs_one_line(
+    broken: bool, minigpt: Callable[..., Outcome], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if broken:
+        (tmp_path / "site" / "wandb").mkdir(parents=True)
+        (tmp_path / "site" / "wandb" / "__init__.py").write_text("import json\njson.of_another_version\n")
+        monkeypatch.delitem(sys.modules, "wandb", raising=False)
+        monkeypatch.syspath_prepend(tmp_path / "site")
+    else:
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    done = minigpt(*FIT, "--data.path", text_file, "--run_dir", tmp_path / "r")
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    cause = "AttributeError: module 'json' has no" if broken else "ModuleNotFoundError: "
+    assert done.err.startswith(f"error: W&B cannot be imported ({cause}")
+    assert done.err.endswith("; correct this, or train without W&B by --wandb null\n")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("zebras\n" * 900)], ids=["gone", "other"])
+def test_a_run_takes_what_it_needs_of_its_text_at_the_start(
+    change: Callable[[Path], Any], minigpt: Callable[..., Outcome], tmp_path: Path, text_file: Path
+) -> None:
+    expected = split_baselines(TextDataModule(path=str(text_file), train_frac=0.98, block_size=1, batch_size=1,
+                                              eval_every=1))  # fmt: skip
+    run = tmp_path / "r"
+    with at_micro_batch(1, lambda: change(text_file)):
+        done = minigpt(*FIT, "--data.path", text_file, "--run_dir", run)
+    assert done.status == 0, done.err
+    found = read(*folders(run))
+    assert {row["baseline/xz"] for row in found.rows if "baseline/xz" in row} == {expected["xz"]["nats_per_char"]}
+    assert found.summary["final_val_loss"] is not None
+    state = read_checkpoint(run / "best.ckpt")["TextDataModule"]
+    assert state["text_path"] == str(text_file)
+    assert state["text_sha256"] == found.summary["data_sha256"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems know no such names")
+def test_names_that_are_not_utf_8_train_without_wandb_and_tensorboard(
+    minigpt: Callable[..., Outcome], tmp_path: Path, text_file: Path
+) -> None:
+    """A directory, a text and a run named café in Latin-1."""
+    place = tmp_path / os.fsdecode(b"caf\xe9")
+    place.mkdir()
+    text, run = place / os.fsdecode(b"caf\xe9.txt"), place / os.fsdecode(b"run\xe9")
+    text_file.rename(text)
+    for more, refusal in (
+        ((), "error: W&B takes no name or path that is not UTF-8; use another one, or train without W&B by"),
+        (("--run_dir", tmp_path / "plain"), "error: W&B takes no name or path that is not UTF-8; "),  # the text's
+        (("--wandb", "null", "--tensorboard", "true"), "error: --run_dir "),
+    ):
+        done = minigpt(*FIT, "--data.path", text, "--run_dir", run, *more)
+        assert (done.status, done.err.count("\n")) == (2, 1)
+        assert done.err.startswith(refusal)
+        assert not run.exists()
+        assert not (tmp_path / "plain").exists()
+    done = minigpt(*FIT, "--data.path", text, "--run_dir", run, "--wandb", "null")
+    assert done.status == 0, done.err
+    assert read_checkpoint(run / "best.ckpt")["TextDataModule"]["text_path"] == str(text)
+    done = minigpt("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", 10)
+    assert done.status == 0, done.err
+    for command in ("validate", "predict"):
+        done = minigpt(command, "--run_dir", run, "--ckpt_path", "best")
+        assert (done.status, done.err) == (0, "")
+    done = minigpt("export", "--run_dir", run, "--out", place / "out")
+    assert done.status == 0, done.err
+    again = minigpt("fit", "-c", run / "config.yaml", "--run_dir", place / "again")
+    assert again.status == 0, again.err
 
 
 def test_variables_label_a_run_and_neither_the_next_one_nor_its_fork(

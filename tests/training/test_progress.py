@@ -27,6 +27,21 @@ def test_the_expected_time_and_the_time_left_are_printed(
     assert [bool(re.search(r"  \d+ s left$", line)) for line in evals] == [True, True, False]
 
 
+@pytest.mark.parametrize(("prompt", "named"), [("Σsea", "'Σ'"), ("é 🌊", "'é' '🌊'"), ("the sea", "")])
+def test_characters_of_the_samples_prompt_that_the_text_lacks_are_named(
+    prompt: str, named: str, minigpt: Callable[..., Outcome], text_file: Path, tmp_path: Path
+) -> None:
+    words = ("--samples.every_n_evals", 1, "--samples.max_new_tokens", 3, "--data.path", text_file)
+    run = ("--run_dir", tmp_path / "run", "--trainer.max_steps", 1)
+    done = minigpt("fit", *SIZES, "--wandb", "null", f"--samples.prompt={prompt}", *words, *run)
+    assert done.status == 0, done.err
+    line = f"samples.prompt: the text has no {named}; the samples begin without"
+    assert (line in done.err.splitlines()) == bool(named)
+    assert ("samples.prompt" in done.err) == bool(named)
+    left = "".join(c for c in prompt if f"'{c}'" not in named)
+    assert (tmp_path / "run" / "samples.txt").read_text("utf-8").startswith(f"=== step 1\n{left}")
+
+
 def test_the_time_left_counts_steps_and_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics, bar = TrainMetrics(), progress.ProgressBar()
     now = [1.0]
