@@ -93,7 +93,10 @@ def faults(landed: Landed, run_dir: Path) -> list[str]:
     out = []
     if landed.status != expected and (landed.status, landed.place) != (0, "end"):
         out.append(f"exit status {landed.status}, not {expected}: {landed.err[-500:]}")
-    if "Traceback" in landed.err:
+    lines = landed.err.splitlines()
+    if landed.signal == "SIGKILL":  # of another process torch tells, sometimes in time, that it lost its connection
+        lines = [line for line in lines if not line.startswith("[rank")]
+    if any("Traceback" in line for line in lines):
         out.append(landed.err[-1500:])
     for path in run_dir.glob("*.ckpt"):
         try:
