@@ -10,15 +10,13 @@ from typing import Any, TextIO
 
 from jsonargparse import ArgumentParser
 
-from minigpt_pl.checkpoint.io import read_checkpoint
-from minigpt_pl.cli.start import find_start
-from minigpt_pl.data.tokenizer import Tokenizer, load_tokenizer
+from minigpt_pl.cli.start import find_start, read_model
+from minigpt_pl.data.tokenizer import Tokenizer
 from minigpt_pl.generation.generate import SamplingConfig, generate
 from minigpt_pl.models.gpt import GPT
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.training.evaluation import token_nats
-from minigpt_pl.training.lit_modules import from_checkpoint
 
 PROMPT = "> "
 HELP = """A line is a prompt; the model continues it. An empty line continues the last text.
@@ -50,11 +48,9 @@ def run(command: str, args: list[str]) -> int:
     if sys.stdin.isatty():
         with suppress(ImportError):  # Windows has none
             import_module("readline")  # input() then has a history, and its line can be edited
-    checkpoint = read_checkpoint(path)
-    text = checkpoint["TextDataModule"]
-    tokenizer = load_tokenizer(text["tokenizer"], text["tokenizer_sha256"])
+    _, net, data = read_model(path, "")
     with signals.keyboard_interrupts():
-        Chat(from_checkpoint(checkpoint).net, tokenizer, sys.stdout).run(input)
+        Chat(net, data.tokenizer, sys.stdout).run(input)
     return 0
 
 

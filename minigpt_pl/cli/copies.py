@@ -4,12 +4,10 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from minigpt_pl.cli.start import find_start, read_start
+from minigpt_pl.cli.start import find_start, read_model
 from minigpt_pl.data.copies import CopyFinder
-from minigpt_pl.data.datamodule import datamodule_of
 from minigpt_pl.generation.generate import SamplingConfig, generate
 from minigpt_pl.runtime.errors import UserError
-from minigpt_pl.training.lit_modules import from_checkpoint
 
 SPANS = (20, 50)
 MAX_CHARACTERS = 5_000_000  # of the training text: the last ones; each takes about a hundred bytes of memory
@@ -34,10 +32,8 @@ def run(command: str, args: list[str]) -> int:
     parser.set_defaults({f"sample.{name}": value for name, value in defaults.items()})
     options = parser.parse_args(args)
     path = find_start(options.ckpt_path or options.run_dir and "best", options.run_dir, command)
-    checkpoint, config = read_start(path, [], False, None)
-    data = datamodule_of(config)
-    data.load_state_dict(checkpoint["TextDataModule"])
-    data.path = options.data.path or data.checkpoint["text_path"]
+    assert path is not None, "only fit may start from nothing"
+    _, net, data = read_model(path, options.data.path)
     splits = (data.tokens(split)[-MAX_CHARACTERS:].tolist() for split in ("train", "val"))
     source, validation = map(data.tokenizer.decode, splits)
     if options.file:
@@ -45,7 +41,7 @@ def run(command: str, args: list[str]) -> int:
     else:
         sample = dict(vars(options.sample))
         prompt = data.tokenizer.encode_prompt(sample.pop("prompt"))
-        steps = generate(from_checkpoint(checkpoint).net, prompt, SamplingConfig(**sample))
+        steps = generate(net, prompt, SamplingConfig(**sample))
         texts = (data.tokenizer.decode(list(stream)) for stream in zip(*steps, strict=True))
         name, text = "what it writes", "\n".join(texts)
     print_table(source, {name: text, "validation text": validation})

@@ -12,10 +12,11 @@ from minigpt_pl.checkpoint.validation import validate_config, validate_sizes
 from minigpt_pl.cli import errors
 from minigpt_pl.cli.classes import class_name
 from minigpt_pl.cli.options import UserOption, class_options, config_diff, option_name
-from minigpt_pl.data.datamodule import DATA_MODULES, TextDataModule
+from minigpt_pl.data.datamodule import DATA_MODULES, TextDataModule, datamodule_of
+from minigpt_pl.models.gpt import GPT
 from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.runtime.user_classes import import_path
-from minigpt_pl.training.lit_modules import MODELS
+from minigpt_pl.training.lit_modules import MODELS, from_checkpoint
 
 IMMUTABLE_DATA = (
     "data.tokenizer", "data.bpe_vocab_size", "data.bpe_min_pair_freq", "data.bpe_across_lines", "data.bpe_train_on",
@@ -74,6 +75,15 @@ def read_start(
     # The seed decides which windows a sampled evaluation reads.
     evaluated = ("model", "data", "data_class", "seed_everything")
     return checkpoint, {key: value for key, value in config.items() if fits or key in evaluated}
+
+
+def read_model(path: Path, text_path: str) -> tuple[dict[str, Any], GPT, TextDataModule]:
+    """A checkpoint, its network in eval mode, and its text: at `text_path`, or if that is "", where the run read it."""
+    checkpoint, config = read_start(path, [], False, None)
+    data = datamodule_of(config)
+    data.load_state_dict(checkpoint["TextDataModule"])
+    data.path = text_path or data.checkpoint["text_path"]
+    return checkpoint, from_checkpoint(checkpoint).net, data
 
 
 def changes(

@@ -5,8 +5,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from minigpt_pl.cli.start import find_start, read_start
-from minigpt_pl.data.datamodule import TextDataModule, datamodule_of
+from minigpt_pl.cli.start import find_start, read_model
+from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.page.build import render_page
 from minigpt_pl.page.models import model_spec, packed_weights, tokenizer_spec
 from minigpt_pl.page.runs import find_runs, is_run, read_run
@@ -14,7 +14,6 @@ from minigpt_pl.page.server import PageServer
 from minigpt_pl.page.texts import read_text, text_baselines
 from minigpt_pl.runtime.atomic_io import atomic_write
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
-from minigpt_pl.training.lit_modules import from_checkpoint
 
 ABOUT = """Writes one HTML file that runs a model in the browser and shows how it was trained. Directories of runs give
 a page that compares them. The file holds the weights, the validation text and the training text."""
@@ -39,6 +38,8 @@ def run(command: str, args: list[str]) -> int:
     checkpoint = options.ckpt_path or options.run_dir and "best"
     if bool(checkpoint) == bool(options.runs):
         raise UserError("page shows a checkpoint or runs", remedy="use --ckpt_path FILE, or name directories of runs")
+    if options.compare and not checkpoint:
+        raise UserError("--compare needs the checkpoint to compare with", remedy="add --ckpt_path FILE")
     if options.serve:
         if checkpoint:
             raise UserError("--serve is for runs", remedy="name their directory: minigpt page --serve runs")
@@ -65,10 +66,7 @@ def model_page(paths: list[Path], text_path: str) -> tuple[dict[str, Any], list[
     runs: list[dict[str, Any]] = []
     weights, modules = [], []
     for path in paths:
-        checkpoint, config = read_start(path, [], False, None)
-        net, data = from_checkpoint(checkpoint).net, datamodule_of(config)
-        data.load_state_dict(checkpoint["TextDataModule"])
-        data.path = text_path or data.checkpoint["text_path"]
+        checkpoint, net, data = read_model(path, text_path)
         shapes, packed = packed_weights(net)
         folder = path.resolve().parent
         models.append(
@@ -87,8 +85,9 @@ def model_page(paths: list[Path], text_path: str) -> tuple[dict[str, Any], list[
         for path, model in zip(paths, models, strict=True):
             model["name"] = f"{model['name']}/{path.stem}"
     texts = text_of(first)
-    for run in runs:
-        run["baselines"] = run["baselines"] or texts["baselines"]
+    for run in runs:  # the text may be elsewhere by now than the run's own files say
+        if run["baselines"] is None and texts["text"]:
+            run["baselines"] = text_baselines(first)
     payload = {
         "title": f"{' and '.join(model['name'] for model in models)}, step {models[0]['step']:,}",
         "models": models, "tokenizer": tokenizer_spec(first.tokenizer), "prompt": "\n", "runs": runs, "live": False,
@@ -98,13 +97,13 @@ def model_page(paths: list[Path], text_path: str) -> tuple[dict[str, Any], list[
 
 
 def text_of(data: TextDataModule) -> dict[str, Any]:
-    """The text of a model and its baselines; without the text the page can still write, and read a pasted one."""
+    """The text of a model; without the text the page can still write, and read a pasted one."""
     try:
         text, training_text = read_text(data)
-        return {"text": text, "training_text": training_text, "baselines": text_baselines(data)}
+        return {"text": text, "training_text": training_text}
     except UserError as error:
         rank_zero_print(f"the page has no text to read: {error}")
-        return {"text": None, "training_text": "", "baselines": None}
+        return {"text": None, "training_text": ""}
 
 
 def runs_page(places: list[str], live: bool) -> dict[str, Any]:

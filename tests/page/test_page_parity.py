@@ -11,6 +11,7 @@ from support.tiny_models import VOCAB, lively, redraw, some_ids
 from minigpt_pl.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from minigpt_pl.generation.generate import SamplingConfig, generate, sample_uniforms
 from minigpt_pl.models.ablations import STAGES
+from minigpt_pl.models.attention import split_qkv_heads
 from minigpt_pl.models.config import AblationConfig
 from minigpt_pl.models.gpt import GPT
 from minigpt_pl.page.build import render_page
@@ -126,8 +127,6 @@ def test_what_happened_inside_is_what_torch_computes(browser: Any, tmp_path: Pat
     with torch.no_grad():
         logits = model(ids)[0][0, row]
         qkv = block.attention.qkv(seen["x"]).view(1, 16, 3, 4, 8)
-        from minigpt_pl.models.attention import split_qkv_heads
-
         q, k, _ = split_qkv_heads(qkv, block.attention.rope)
         attention = (q[0, :, row].unsqueeze(1) @ k[0, :, : row + 1].mT / 8**0.5).softmax(-1)[:, 0]
     with opened(browser, tmp_path / "page.html") as tab:

@@ -82,7 +82,6 @@ export function readView(ctx) {
   function onread(model, first, last) {
     paint(first, last + 1);
     showStatus();
-    ctx.onread?.();
   }
 
   function showStatus() {
