@@ -3,13 +3,16 @@
 import json
 import re
 import shlex
+import xml.etree.ElementTree
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import configuration_page
 import learning_curve
 import page_example
 import pytest
+import report_table
 import yaml
 from conftest import PROJECT, TINY, Outcome
 
@@ -272,6 +275,30 @@ def test_the_curve_is_that_of_readmes_run() -> None:
     best = float(re.findall(r"^\| `val/nats_per_char` .* (\d\.\d+) \|$", readme, re.MULTILINE)[0])
     assert f"{best:.3f}" == f"{float(re.findall(r'best val/loss (.*?) ', readme)[0]):.3f}"
     assert curve_labels(learning_curve.CURVE) == expected_labels("data/input.txt", 0.9, best)
+
+
+def test_readme_and_its_picture_have_the_results_on_the_reports_text() -> None:
+    table = report_table.table(report_table.read_rows())
+    assert table in README.read_text("utf-8"), "run python docs/build/report_table.py"
+    assert report_table.estimators(report_table.read_rows()) in (PROJECT / "docs/conclusions.md").read_text("utf-8")
+    picture = xml.etree.ElementTree.parse(report_table.PICTURE)
+    assert [e.text for e in picture.iter("{http://purl.org/dc/elements/1.1/}description")] == [table]
+
+
+@pytest.mark.parametrize(("mean", "verdict"), [(1.90, "yes"), (1.95, "no, below"), (1.80, "no, above")])
+def test_the_reports_value_is_compared_with_one_more_seed(mean: float, verdict: str) -> None:
+    """The next of three values with SD 0.01 is expected within 4.303 * 0.01 * sqrt(4 / 3), or 0.0497, of their mean."""
+    results = [SimpleNamespace(summary={"best_val": mean + off}) for off in (-0.01, 0.0, 0.01)]
+    row = report_table.Row(6, "modern_dense_control", 1.8966, None, SimpleNamespace(results=results))  # type: ignore[arg-type]
+    assert report_table.inside(row) == verdict
+    low, high = report_table.next_seed(row.values("best_val"))
+    assert (mean - low, high - mean) == pytest.approx((0.0497, 0.0497), abs=1e-4)
+
+
+def test_random_windows_read_the_ends_less_often() -> None:
+    """Windows of 3 among 5 targets: 0-2, 1-3, 2-4."""
+    assert report_table.window_weights(5, 3).tolist() == pytest.approx([1 / 9, 2 / 9, 3 / 9, 2 / 9, 1 / 9])
+    assert report_table.window_weights(4, 3).tolist() == pytest.approx([1 / 6, 2 / 6, 2 / 6, 1 / 6])
 
 
 def test_a_run_is_drawn_beside_the_baselines_of_its_text(trained: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from minigpt_pl.data.datamodule import TextDataModule
 from minigpt_pl.data.sources import find_files
 from minigpt_pl.runtime import signals
 from minigpt_pl.runtime.errors import UserError, rank_zero_print
+from minigpt_pl.runtime.memory import keep_freed_memory
 from minigpt_pl.runtime.output import report_of_finished_work
 from minigpt_pl.runtime.quiet import silence_libraries
 from minigpt_pl.runtime.ranges import OpenUnitInterval, Seed
@@ -51,6 +52,7 @@ CONFIG_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationEx
 def run(command: str, args: list[str]) -> int:
     """Runs fit, validate, test or predict; returns the exit status."""
     silence_libraries()
+    keep_freed_memory()
     classes.find_modules_here()
     accept_any_path()
     if help.is_help_request(args):

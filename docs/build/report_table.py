@@ -1,0 +1,181 @@
+"""The reference report's eleven runs beside ours: README's table, docs/report.svg, and a table of docs/conclusions.md.
+
+`python docs/build/report_table.py` reads docs/results/report, writes the picture and prints the tables. They are in
+nats per token, and compare by the report's estimator, the lowest of a run's estimates.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minigpt_pl.experiments.analysis import StudyAnalysis, VariantResults
+from minigpt_pl.experiments.statistics import LEVEL, MIN_SEEDS_INTERVAL, mean_ci
+from minigpt_pl.experiments.tables import Columns, format_interval, render_table
+
+DOCS = Path(__file__).parents[1]
+RESULTS, PICTURE = DOCS / "results" / "report", DOCS / "report.svg"
+OURS, EXACT, THEIRS = "#1f5fa8", "#9db8d9", "#b0762a"
+
+
+class Row(NamedTuple):
+    """A run of the report: its rank, lowest estimate and the step of it, where the report or its log gives that."""
+
+    rank: int
+    run: str
+    best_val: float
+    best_step: int | None
+    ours: VariantResults | None = None
+
+    def values(self, name: str) -> list[float]:
+        """A number of the summaries, for each seed."""
+        return [result.summary[name] for result in self.ours.results] if self.ours else []
+
+    @property
+    def has_interval(self) -> bool:
+        return len(self.values("best_val")) >= MIN_SEEDS_INTERVAL
+
+
+REPORT = (
+    Row(1, "modern_moe_char_02", 1.8729, 1900),
+    Row(2, "modern_moe_char_01", 1.8731, None),
+    Row(3, "modern_moe_tuned", 1.8748, None),
+    Row(4, "modern_moe", 1.8848, None),
+    Row(5, "modern_dense", 1.8943, None),
+    Row(6, "modern_dense_control", 1.8966, None),
+    Row(7, "p2_refine", 1.9873, 3200),
+    Row(8, "classic_tuned", 1.9876, 3000),
+    Row(9, "classic_baseline", 2.0051, 2400),
+    Row(10, "bpe_improved", 3.0743, None),
+    Row(11, "bpe_test", 4.4599, None),
+)
+
+
+def next_seed(values: list[float]) -> tuple[float, float]:
+    """Where one more seed is expected: the interval of a t prediction (Hahn & Meeker, Statistical Intervals, 4.7)."""
+    interval, _ = mean_ci(values)
+    half = float(interval.high - interval.mean) * np.sqrt(len(values) + 1)
+    return float(interval.mean) - half, float(interval.mean) + half
+
+
+def inside(row: Row) -> str:
+    """Whether the report's value is where one more of our seeds is expected."""
+    if not row.has_interval:
+        return "too few seeds" if row.ours else "not run yet"
+    low, high = next_seed(row.values("best_val"))
+    return "yes" if low <= row.best_val <= high else f"no, {'below' if row.best_val < low else 'above'}"
+
+
+def mean(row: Row, name: str, digits: int = 4) -> str:
+    return f"{np.mean(row.values(name)):.{digits}f}" if row.ours else ""
+
+
+COLUMNS: Columns = {
+    "rank": lambda row: row.rank,
+    "run": lambda row: f"`{row.run}`",
+    "report": lambda row: f"{row.best_val:.4f}",
+    "step": lambda row: row.best_step or "",
+    "seeds": lambda row: len(row.values("best_val")),
+    "ours": lambda row: mean(row, "best_val"),
+    "SD": lambda row: f"{mean_ci(row.values('best_val'))[1]:.4f}" if row.has_interval else "",
+    f"{LEVEL:.0%} interval": lambda row: format_interval(
+        mean_ci(row.values("best_val"))[0] if row.has_interval else None
+    ),
+    "exact there": lambda row: mean(row, "full_val_at_best"),
+    "its step": lambda row: mean(row, "best_step", 0),
+    "inside?": inside,
+}
+
+
+def window_weights(count: int, window: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """How often random windows read each of `count` targets, as shares (count,): those near both ends less often."""
+    position = np.arange(count)
+    times = np.minimum.reduce([position + 1, count - position, np.full(count, min(window, count - window + 1))])
+    return times / times.sum()
+
+
+def expected_estimate(row: Row) -> float:
+    """What an estimate from random windows is in the mean, for the weights of the best evaluation."""
+    assert row.ours
+    nll = row.ours.token_nll
+    return float(nll.mean @ window_weights(len(nll.mean), nll.window))
+
+
+def over_text(row: Row) -> str:
+    """The exact loss's interval for another text of this kind, over the windows of this one."""
+    assert row.ours
+    nll = row.ours.token_nll
+    windows = nll.mean[: len(nll.mean) // nll.window * nll.window].reshape(-1, nll.window).mean(1)
+    return format_interval(mean_ci(windows)[0])
+
+
+ESTIMATORS: Columns = {
+    "run": lambda row: f"`{row.run}`",
+    "exact": lambda row: mean(row, "full_val_at_best"),
+    "over text": over_text,
+    "expected of an estimate": lambda row: f"{expected_estimate(row):.4f}",
+    "SD of an estimate": lambda row: f"{row.ours.sampling_error * row.ours.token_nll.chars_per_token:.4f}",
+    "lowest estimate": lambda row: mean(row, "best_val"),
+}
+
+
+def read_rows(folder: Path = RESULTS) -> list[Row]:
+    groups = StudyAnalysis(folder).groups
+    return [row._replace(ours=groups.get(row.run)) for row in REPORT]
+
+
+def table(rows: list[Row]) -> str:
+    return "\n".join(render_table(COLUMNS, rows))
+
+
+def estimators(rows: list[Row]) -> str:
+    return "\n".join(render_table(ESTIMATORS, [row for row in rows if row.ours]))
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Writes the picture: each run's estimates of all seeds, the exact losses there, and the report's value.
+
+    Its description is the table, so that a test can see whether the picture shows the stored results.
+    """
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    options: dict[str, Any] = {"svg.hashsalt": "minigpt", "svg.fonttype": "none", "font.size": 10}
+    with pyplot.rc_context(options):
+        figure, panels = pyplot.subplots(1, 2, figsize=(8, 4.2), sharey=True, width_ratios=(3, 1))
+        for row in rows:
+            axes = panels[int(row.run.startswith("bpe"))]
+            for name, color, label in (
+                ("full_val_at_best", EXACT, "ours, exact"),
+                ("best_val", OURS, "ours, estimate"),
+            ):
+                values = row.values(name)
+                axes.scatter(values, [row.rank] * len(values), s=22, color=color, label=label, zorder=3)
+            if row.has_interval:
+                axes.plot(next_seed(row.values("best_val")), [row.rank] * 2, color=OURS, linewidth=6, alpha=0.2)
+            axes.scatter(
+                row.best_val, row.rank, s=45, marker="D", color="none", edgecolors=THEIRS, label="the report", zorder=4
+            )
+        panels[0].set_yticks([row.rank for row in rows], [f"{row.run}  {row.rank}" for row in rows])
+        panels[0].invert_yaxis()
+        panels[0].set_xlabel("nats per character")
+        panels[1].set_xlabel("nats per byte pair")
+        panels[1].margins(x=0.15)
+        for axes in panels:
+            axes.grid(axis="y", linewidth=0.4, color="#dddddd")
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+        handles, labels = panels[0].get_legend_handles_labels()
+        shown = dict(zip(labels, handles, strict=True))
+        figure.legend(shown.values(), shown.keys(), frameon=False, loc="upper right", ncols=3)
+        figure.subplots_adjust(left=0.24, right=0.98, top=0.91, bottom=0.12, wspace=0.08)
+        title = "The reference report's eleven runs over our seeds"
+        figure.savefig(path, metadata={"Date": None, "Title": title, "Description": table(rows)})
+        pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    draw(read_rows(), PICTURE)
+    print(table(read_rows()), estimators(read_rows()), sep="\n\n")
