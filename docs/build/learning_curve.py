@@ -1,7 +1,6 @@
 """Draws docs/curve.svg, the plot in README: a run's learning curve beside the baselines of its text.
 
-`python docs/build/learning_curve.py runs/first` writes the plot and prints README's table of losses. It takes any run
-that has a summary.json.
+`python docs/build/learning_curve.py runs/first` writes the plot. It takes any run that has a summary.json.
 """
 
 import csv
@@ -14,7 +13,6 @@ from typing import Any
 from minigpt_pl.data.baselines import compute_baselines
 
 CURVE = Path(__file__).parents[1] / "curve.svg"
-STEPS = (100, 200, 400, 600, 800, 1000)
 TRAIN, VAL, BASELINE = "#9db8d9", "#1f5fa8", "#b0762a"
 MIN_LABEL_DISTANCE = 0.075  # in nats, so that labels do not overlap
 
@@ -73,16 +71,5 @@ def draw(run: Path, path: Path) -> None:
         pyplot.close(figure)
 
 
-def render_table(run: Path) -> str:
-    """README's table of a run's losses."""
-    rows = read_metrics(run)
-    lines = ["| step | " + " | ".join(map(str, STEPS)) + " |", "|---" * (len(STEPS) + 1) + "|"]
-    for split, column in (("train", "train/loss"), ("val", "val/nats_per_char")):
-        cells = [f"{float(rows[split][step][column]):.3f}" for step in STEPS]
-        lines.append(f"| `{column}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
     draw(Path(sys.argv[1]), CURVE)
-    print(render_table(Path(sys.argv[1])))

@@ -110,7 +110,7 @@ def over_text(row: Row) -> str:
 
 
 ESTIMATORS: Columns = {
-    "run": lambda row: f"`{row.run}`",
+    "run": lambda row: row.run,
     "exact": lambda row: mean(row, "full_val_at_best"),
     "over text": over_text,
     "expected of an estimate": lambda row: f"{expected_estimate(row):.4f}",
