@@ -45,6 +45,7 @@ class MiniGPTConfig(PretrainedConfig):
         norm_eps: Added under its root.
         linear_bias: Whether linear layers add a bias.
         rotary_theta: Base of the rotary wavelengths; None for learned positions.
+        qk_norm_eps: Added to the mean square by which queries and keys are divided; None if they are not.
         feed_forward: mlp, swiglu or moe.
         gelu: That of mlp: tanh or exact.
         n_experts: Of moe.
@@ -68,6 +69,7 @@ class MiniGPTConfig(PretrainedConfig):
         norm_eps: float = 1e-8,
         linear_bias: bool = False,
         rotary_theta: float | None = None,
+        qk_norm_eps: float | None = None,
         feed_forward: str = "swiglu",
         gelu: str = "tanh",
         n_experts: int = 0,
@@ -125,7 +127,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: Any, layer: int):
         super().__init__()
-        self.n_head, self.layer = config.num_attention_heads, layer
+        self.n_head, self.layer, self.qk_norm_eps = config.num_attention_heads, layer, config.qk_norm_eps
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -134,6 +136,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if context.rotary is not None:
             q, k = apply_rotary(q, *context.rotary), apply_rotary(k, *context.rotary)
+        if self.qk_norm_eps is not None:
+            q, k = (F.rms_norm(x, x.shape[-1:], eps=self.qk_norm_eps) for x in (q, k))
         k, v = context.extend(self.layer, k, v)
         y = F.scaled_dot_product_attention(q, k, v, context.mask, is_causal=context.is_causal)
         return self.out(y.transpose(1, 2).reshape(B, T, C))

@@ -54,8 +54,11 @@ def native_obstacle(model: GPT) -> UserError | None:
     """Why no layout has the model's function; None if one has."""
     if type(model) not in (ClassicGPT, ModernGPT):
         return UserError(f"transformers has no layout for {type(model).__name__}", remedy=REMEDY)
-    if isinstance(model, ModernGPT) and model.blocks[0].conv_1 is not None:
+    block: Any = model.blocks[0]
+    if block.conv_1 is not None:
         return UserError("transformers has no layout with short convolutions", remedy=REMEDY)
+    if block.attention.qk_norm_eps is not None:
+        return UserError("transformers has no layout with this model.qk_norm, which has no weights", remedy=REMEDY)
     return None
 
 

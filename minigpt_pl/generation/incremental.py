@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from minigpt_pl.models.attention import CausalSelfAttention, KVCache, RotaryEmbedding, apply_rotary
 from minigpt_pl.models.blocks import MLP, Block, RMSNorm, SwiGLU, swiglu
+from minigpt_pl.models.cpu_ops import inverse_rms
 from minigpt_pl.models.dropout import Dropout
 from minigpt_pl.models.gpt import GPT
 from minigpt_pl.models.moe import MoE, topk_route
@@ -135,11 +136,13 @@ def linear_fn(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]
 
 def attention_fn(attention: Any, cache: KVCache) -> Callable[[Tensor, RotaryTables], Tensor]:
     assert isinstance(attention, CausalSelfAttention)
-    qkv, heads = attention.qkv, attention.n_head
+    qkv, heads, qk_norm_eps = attention.qkv, attention.n_head, attention.qk_norm_eps
     C = qkv.in_features
     # The scale of the scores is multiplied into the queries' weights: one call less for each position.
     scale = torch.ones_like(qkv.weight[:, 0])
-    scale[:C] = (C // heads) ** -0.5
+    if qk_norm_eps is None:
+        scale[:C] = (C // heads) ** -0.5
+    lengths = scale.new_tensor([(C // heads) ** -0.5, 1]).view(2, 1, 1, 1)  # of queries and keys, if they are divided
     project_qkv = linear_fn(qkv.weight * scale[:, None], None if qkv.bias is None else qkv.bias * scale)
     project_out = linear_fn(attention.out.weight, attention.out.bias)
 
@@ -147,6 +150,9 @@ def attention_fn(attention: Any, cache: KVCache) -> Callable[[Tensor, RotaryTabl
         qkv = project_qkv(x).view(-1, 3, heads, C // heads).transpose(0, 1)  # (3, S, H, D)
         if rotary is not None:
             qkv = apply_rotary(qkv, *rotary)
+        if qk_norm_eps is not None:
+            qk = qkv[:2]
+            qkv = torch.cat([qk * (inverse_rms(qk, qk_norm_eps) * lengths), qkv[2:]])
         qkv = qkv.reshape(3, -1, 1, C // heads)  # (3, S * H, 1, D)
         keys, values = cache.extend(qkv[1:])  # (S * H, length, D) each
         y = torch.bmm(torch.bmm(qkv[0], keys.mT).softmax(-1), values)  # no mask: the last position sees every key

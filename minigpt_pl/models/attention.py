@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minigpt_pl.models.cpu_ops import CPUDropoutAttention, FusedRotaryQKV, use_cpu_ops
+from minigpt_pl.models.cpu_ops import CPUDropoutAttention, CPUUnitRMS, FusedRotaryQKV, use_cpu_ops
 from minigpt_pl.models.dropout import Dropout
 
 
@@ -82,6 +82,11 @@ def split_qkv_heads(qkv: Tensor, rope: RotaryEmbedding | None) -> tuple[Tensor, 
     return *apply_rotary(heads[:2], cos, sin).unbind(), heads[2]
 
 
+def unit_rms(x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last dimension of x (..., D)."""
+    return CPUUnitRMS.apply(x, eps) if use_cpu_ops(x) else F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: Dropout) -> Tensor:
     """Causal scaled dot-product attention; q, k, v (B, H, T, D) -> (B, H, T, D)."""
     if dropout.is_active and use_cpu_ops(q):
@@ -99,11 +104,22 @@ class CausalSelfAttention(nn.Module):
         dropout: Dropout rate on the attention probabilities.
         bias: Whether the two projections add a bias.
         rope: Rotary positions, or None.
+        qk_norm_eps: Added to the mean square of a query or key under the root, if they are divided by their root mean
+            square, so that no score is above sqrt(D) (Henry et al., arXiv 2010.04245); None to leave them as they are.
+            A rotation does not change that mean square.
     """
 
-    def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool, rope: RotaryEmbedding | None = None):
+    def __init__(
+        self,
+        n_embd: int,
+        n_head: int,
+        dropout: float,
+        bias: bool,
+        rope: RotaryEmbedding | None = None,
+        qk_norm_eps: float | None = None,
+    ):
         super().__init__()
-        self.n_head = n_head
+        self.n_head, self.qk_norm_eps = n_head, qk_norm_eps
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=bias)
         self.out = nn.Linear(n_embd, n_embd, bias=bias)
         self.dropout = Dropout(dropout)
@@ -116,6 +132,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = split_qkv_heads(self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head), self.rope)
+        if self.qk_norm_eps is not None:
+            q, k = unit_rms(q, self.qk_norm_eps), unit_rms(k, self.qk_norm_eps)
         if cache is not None:
             cache.length = 0  # this pass reads from the first position on
             cache.extend(torch.stack([k, v]).flatten(1, 2))  # (2, B * H, T, D)

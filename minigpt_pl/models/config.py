@@ -93,6 +93,7 @@ class ModernConfig(GPTConfig):
         tie_embeddings: Use the token embedding as the head too.
         zero_init: Initialise the last layer of each branch, and an untied head, with zeros.
         conv_kernel_size: Positions that the short convolution before each branch sums over; 0 for no convolutions.
+        qk_norm: Divide each head's queries and keys by their root mean square.
     """
 
     rope_theta: PositiveFloat = 10000.0
@@ -104,6 +105,7 @@ class ModernConfig(GPTConfig):
     tie_embeddings: bool = False
     zero_init: bool = True
     conv_kernel_size: NonNegativeInt = 4
+    qk_norm: bool = False
 
     @property
     def ffn_hidden(self) -> int:

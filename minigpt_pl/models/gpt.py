@@ -218,7 +218,9 @@ class ModernGPT(GPT):
         self.blocks = nn.ModuleList(
             Block(
                 RMSNorm(n_embd, eps),
-                CausalSelfAttention(n_embd, config.n_head, config.dropout, bias=False, rope=rope),
+                CausalSelfAttention(
+                    n_embd, config.n_head, config.dropout, False, rope, eps if config.qk_norm else None
+                ),
                 RMSNorm(n_embd, eps),
                 MoE(n_embd, hidden, config.n_experts, config.moe_top_k, config.moe_gate)
                 if config.n_experts

@@ -34,6 +34,7 @@ def model_spec(net: GPT) -> dict[str, Any]:
         "block_size": net.block_size,
         "n_embd": net.head.in_features,
         "n_head": attention.n_head,
+        "qk_norm_eps": attention.qk_norm_eps,
         "rope_theta": attention.rope.theta if attention.rope else None,
         "tied": net.head.weight is net.token_embedding.weight,
         "norm": norm_spec(net.norm),

@@ -51,6 +51,7 @@ OWN_KINDS = {
     "default, bpe": ("-c", "bpe"),
     "default, tied": ("--model.tie_embeddings", "true", "--model.conv_kernel_size", "1"),
     "default, moe": ("--model.n_experts", "4"),
+    "qk_norm": (*PLAIN, "--model.qk_norm", "true", "--model.rms_norm_eps", "0.1"),
     "classic": ("--model", "ClassicLM"),
     "classic, torch's parts": CLASSIC_AS_TORCH,
     "modern": PLAIN,
@@ -58,7 +59,7 @@ OWN_KINDS = {
     **{f"stage {stage}": ("--model", "AblationLM", "--model.stage", stage) for stage in get_args(Stage)},
 }
 KINDS = [(kind, True) for kind in NATIVE_KINDS] + [(kind, False) for kind in OWN_KINDS]
-OPTIONAL = {"default", "default, bpe", "default, tied", "default, moe"}
+OPTIONAL = {"default", "default, bpe", "default, tied", "default, moe", "qk_norm"}
 """Kinds for which --native false is the only way, so that it may be left out."""
 TABLE: list[str] = []
 

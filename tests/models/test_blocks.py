@@ -4,6 +4,7 @@ Dropout has a way of its own on a CPU and torch's elsewhere; both are run here.
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minigpt_pl.models import attention, dropout
-from minigpt_pl.models.attention import RotaryEmbedding, apply_rotary, attend, split_qkv_heads
+from minigpt_pl.models.attention import RotaryEmbedding, apply_rotary, attend, split_qkv_heads, unit_rms
 from minigpt_pl.models.blocks import MLP, SwiGLU
 from minigpt_pl.models.dropout import Dropout
 
@@ -181,6 +182,35 @@ def test_the_norm_of_the_modern_model_is_torchs_and_so_are_its_gradients() -> No
         results[1].append(results[1][0])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_the_norm_of_queries_and_keys_is_torchs_and_so_are_its_gradients() -> None:
+    x, direction = (torch.randn(3, 7, 8, generator=torch.Generator().manual_seed(i)) * 3 for i in range(2))
+    results = []
+    for norm in (unit_rms, lambda x, eps: F.rms_norm(x, (8,), eps=eps)):
+        x = x.detach().clone().requires_grad_()
+        y = norm(x, 0.5)
+        y.backward(direction)
+        results.append([y.detach(), x.grad])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_normalised_queries_and_keys_are_so_before_and_after_the_rotation() -> None:
+    """Each head's scores are the cosines of its queries and keys, times sqrt(D); the weights' scale changes nothing."""
+    from support.tiny_models import lively
+
+    attention: Any = lively("qk_norm", rms_norm_eps=1e-12).blocks[0].attention
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    qkv = attention.qkv(x).view(2, 5, 3, 4, 8)
+    q, k, v = split_qkv_heads(qkv, attention.rope)
+    scores = F.cosine_similarity(q.unsqueeze(-2), k.unsqueeze(-3), dim=-1) * math.sqrt(8)
+    weights = scores.masked_fill(torch.ones(5, 5).triu(1) > 0, -math.inf).softmax(-1)
+    expected = attention.out((weights @ v).transpose(1, 2).reshape(2, 5, 32))
+    torch.testing.assert_close(attention(x), expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        attention.qkv.weight[:64] *= 7
+    torch.testing.assert_close(attention(x), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_norm_adds_its_epsilon_under_the_root() -> None:

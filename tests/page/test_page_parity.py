@@ -36,6 +36,7 @@ MODELS = {
     "modern, tied": lambda: lively("dense"),
     "modern, not tied": lambda: lively("dense", tie_embeddings=False),
     "short convolutions": lambda: lively("recipes"),
+    "normalised queries and keys": lambda: lively("qk_norm", rms_norm_eps=0.1),
     "MoE, top 1, softmax_all": lambda: lively("switch"),
     "MoE, top 2, softmax_selected": lambda: lively("mixtral"),
     "MoE, top 3, softmax_all, convolutions": lambda: lively("switch", moe_top_k=3, conv_kernel_size=2),

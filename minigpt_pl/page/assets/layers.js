@@ -112,6 +112,16 @@ export function norm(kind, x, T, C, weight, bias, eps, y) {
   }
 }
 
+// Divides each of the H heads of width D that begin at x[at] by its root mean square.
+export function unitHeads(x, at, H, D, eps) {
+  for (let head = at; head < at + H * D; head += D) {
+    let square = 0;
+    for (let d = 0; d < D; d++) square += x[head + d] ** 2;
+    const scale = 1 / Math.sqrt(square / D + eps);
+    for (let d = 0; d < D; d++) x[head + d] *= scale;
+  }
+}
+
 // Error function by Abramowitz & Stegun 7.1.26; its error is below 2e-7.
 function erf(x) {
   const t = 1 / (1 + 0.3275911 * Math.abs(x));

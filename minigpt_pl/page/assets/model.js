@@ -1,6 +1,7 @@
 // The forward pass of every kind of model, with a cache of keys and values; it knows ids, not text.
 // The layers are in layers.js. The reference is minigpt_pl/models; tests/page compares the two.
-import { attendHead, geluInPlace, largest, linear, norm, rotaryTables, rotate, softmaxInPlace, swiglu } from "./layers.js";
+import { attendHead, geluInPlace, largest, linear, norm, rotaryTables, rotate, softmaxInPlace } from "./layers.js";
+import { swiglu, unitHeads } from "./layers.js";
 
 // What the layers have computed for the positions of a window: keys, values, and the inputs of short convolutions.
 export class Cache {
@@ -99,12 +100,13 @@ export class Model {
   }
 
   attention(name, x, T, layer, first, trace) {
-    const { n_embd: C, n_head: H } = this.spec, D = C / H;
+    const { n_embd: C, n_head: H, qk_norm_eps: eps } = this.spec, D = C / H;
     const qkv = this.linear(`${name}.qkv`, x, T, C, 3 * C);
     const mixed = new Float32Array(T * C), scores = new Float32Array(first + T), heads = [];
     for (let t = 0; t < T; t++) {
       const at = t * 3 * C, position = first + t;
       if (this.rotary) for (const part of [at, at + C]) rotate(qkv, part, H, D, this.rotary, position);
+      if (eps) unitHeads(qkv, at, 2 * H, D, eps);
       layer.keys.set(qkv.subarray(at + C, at + 2 * C), position * C);
       layer.values.set(qkv.subarray(at + 2 * C, at + 3 * C), position * C);
       for (let h = 0; h < H; h++) {
