@@ -142,7 +142,9 @@ def attention_fn(attention: Any, cache: KVCache) -> Callable[[Tensor, RotaryTabl
     scale = torch.ones_like(qkv.weight[:, 0])
     if qk_norm_eps is None:
         scale[:C] = (C // heads) ** -0.5
-    lengths = scale.new_tensor([(C // heads) ** -0.5, 1]).view(2, 1, 1, 1)  # of queries and keys, if they are divided
+    factors = torch.ones(2, 1, heads, 1).to(scale)  # of the unit queries and keys
+    if qk_norm_eps is not None:
+        factors[0, 0] = (attention.qk_gain * (C // heads) ** -0.5)[:, None]
     project_qkv = linear_fn(qkv.weight * scale[:, None], None if qkv.bias is None else qkv.bias * scale)
     project_out = linear_fn(attention.out.weight, attention.out.bias)
 
@@ -152,7 +154,7 @@ def attention_fn(attention: Any, cache: KVCache) -> Callable[[Tensor, RotaryTabl
             qkv = apply_rotary(qkv, *rotary)
         if qk_norm_eps is not None:
             qk = qkv[:2]
-            qkv = torch.cat([qk * (inverse_rms(qk, qk_norm_eps) * lengths), qkv[2:]])
+            qkv = torch.cat([qk * (inverse_rms(qk, qk_norm_eps) * factors), qkv[2:]])
         qkv = qkv.reshape(3, -1, 1, C // heads)  # (3, S * H, 1, D)
         keys, values = cache.extend(qkv[1:])  # (S * H, length, D) each
         y = torch.bmm(torch.bmm(qkv[0], keys.mT).softmax(-1), values)  # no mask: the last position sees every key

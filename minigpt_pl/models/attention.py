@@ -104,9 +104,9 @@ class CausalSelfAttention(nn.Module):
         dropout: Dropout rate on the attention probabilities.
         bias: Whether the two projections add a bias.
         rope: Rotary positions, or None.
-        qk_norm_eps: Added to the mean square of a query or key under the root, if they are divided by their root mean
-            square, so that no score is above sqrt(D) (Henry et al., arXiv 2010.04245); None to leave them as they are.
-            A rotation does not change that mean square.
+        qk_norm_eps: If given, queries and keys are divided by their root mean square, so that their direction alone
+            counts, and each head learns a factor of its scores (Henry et al., arXiv 2010.04245). This is added under
+            the root. A rotation does not change that mean square.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class CausalSelfAttention(nn.Module):
     ):
         super().__init__()
         self.n_head, self.qk_norm_eps = n_head, qk_norm_eps
+        self.qk_gain = None if qk_norm_eps is None else nn.Parameter(torch.ones(n_head))
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=bias)
         self.out = nn.Linear(n_embd, n_embd, bias=bias)
         self.dropout = Dropout(dropout)
@@ -132,8 +133,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = split_qkv_heads(self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head), self.rope)
-        if self.qk_norm_eps is not None:
-            q, k = unit_rms(q, self.qk_norm_eps), unit_rms(k, self.qk_norm_eps)
+        if self.qk_norm_eps is not None and self.qk_gain is not None:
+            q = unit_rms(q, self.qk_norm_eps) * self.qk_gain.view(-1, 1, 1)
+            k = unit_rms(k, self.qk_norm_eps)
         if cache is not None:
             cache.length = 0  # this pass reads from the first position on
             cache.extend(torch.stack([k, v]).flatten(1, 2))  # (2, B * H, T, D)

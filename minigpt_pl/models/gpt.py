@@ -105,7 +105,7 @@ class GPT(nn.Module, ABC):
 
 
 def init_weights(model: nn.Module, seed: int, std: Mapping[Tensor, float], default_std: float = 0.02) -> None:
-    """Draws every parameter from one generator: norms are 1, biases 0, all other weights N(0, std).
+    """Draws every parameter from one generator: norms and gains are 1, biases 0, other weights N(0, std).
 
     Args:
         model: Its parameters are overwritten in place.
@@ -117,7 +117,7 @@ def init_weights(model: nn.Module, seed: int, std: Mapping[Tensor, float], defau
     norm_weights: set[Tensor] = {m.weight for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm))}
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # yields a tied parameter once
-            if parameter in norm_weights:
+            if parameter in norm_weights or name.endswith(".qk_gain"):
                 parameter.fill_(1)
             elif name.endswith(".bias"):
                 parameter.zero_()

@@ -116,7 +116,7 @@ def test_initial_weights_have_the_published_spread(kind: str) -> None:
     model = build(kind, n_embd=64, n_layer=8, vocab_size=100, block_size=64)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 or kind == "recipes" and name.endswith(BEGIN_AT_0):
-            expected = 1 if "norm" in name and name.endswith("weight") else 0
+            expected = 1 if "norm" in name and name.endswith("weight") or name.endswith("qk_gain") else 0
             assert (parameter == expected).all(), name
             continue
         to_residual = kind == "classic" and name.endswith(("attention.out.weight", "feed_forward.down.weight"))

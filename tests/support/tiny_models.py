@@ -35,12 +35,12 @@ def build(kind: str, **changes: Any) -> GPT:
 
 
 def redraw(model: nn.Module, seed: int = 0, std: float = 0.2) -> None:
-    """Draws every parameter from N(0, std), those of norms around 1."""
+    """Draws every parameter from N(0, std), those of norms and gains around 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-            if parameter.dim() == 1 and name.endswith("weight"):
+            if parameter.dim() == 1 and name.endswith(("weight", "gain")):
                 parameter.add_(1)
 
 
