@@ -18,7 +18,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"n_experts": 4, "moe_top_k": 2, "moe_gate": "softmax_selected"},
 }
 EXPERTS["recipes"] = {**EXPERTS["dense"], "tie_embeddings": False, "zero_init": True, "conv_kernel_size": 3}
-EXPERTS["qk_norm"] = {**EXPERTS["dense"], "qk_norm": True}
+EXPERTS["qk_norm"] = {**EXPERTS["switch"], "qk_norm": True}
 KINDS = ("classic", *EXPERTS)
 VOCAB = 19
 
