@@ -130,7 +130,7 @@ class Attention(nn.Module):
         self.n_head, self.layer, self.qk_norm_eps = config.num_attention_heads, layer, config.qk_norm_eps
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
-        self.qk_gain = None if self.qk_norm_eps is None else nn.Parameter(torch.ones(self.n_head))
+        self.qk_gain = None if self.qk_norm_eps is None else nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         B, T, C = x.shape
@@ -138,8 +138,7 @@ class Attention(nn.Module):
         if context.rotary is not None:
             q, k = apply_rotary(q, *context.rotary), apply_rotary(k, *context.rotary)
         if self.qk_gain is not None:
-            q, k = (F.rms_norm(x, x.shape[-1:], eps=self.qk_norm_eps) for x in (q, k))
-            q = q * self.qk_gain[:, None, None]
+            q, k = (F.rms_norm(x, x.shape[-1:], eps=self.qk_norm_eps) * self.qk_gain for x in (q, k))
         k, v = context.extend(self.layer, k, v)
         y = F.scaled_dot_product_attention(q, k, v, context.mask, is_causal=context.is_causal)
         return self.out(y.transpose(1, 2).reshape(B, T, C))

@@ -58,9 +58,7 @@ def native_obstacle(model: GPT) -> UserError | None:
     if block.conv_1 is not None:
         return UserError("transformers has no layout with short convolutions", remedy=REMEDY)
     if block.attention.qk_norm_eps is not None:
-        return UserError(
-            "transformers has no layout with the factor of each head that model.qk_norm learns", remedy=REMEDY
-        )
+        return UserError("transformers has no layout with the factor that model.qk_norm learns", remedy=REMEDY)
     return None
 
 

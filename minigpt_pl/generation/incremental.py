@@ -142,9 +142,10 @@ def attention_fn(attention: Any, cache: KVCache) -> Callable[[Tensor, RotaryTabl
     scale = torch.ones_like(qkv.weight[:, 0])
     if qk_norm_eps is None:
         scale[:C] = (C // heads) ** -0.5
-    factors = torch.ones(2, 1, heads, 1).to(scale)  # of the unit queries and keys
+    factors = scale.new_ones(2, 1, 1, 1)  # of the unit queries and keys
     if qk_norm_eps is not None:
-        factors[0, 0] = (attention.qk_gain * (C // heads) ** -0.5)[:, None]
+        factors *= attention.qk_gain
+        factors[0] *= (C // heads) ** -0.5
     project_qkv = linear_fn(qkv.weight * scale[:, None], None if qkv.bias is None else qkv.bias * scale)
     project_out = linear_fn(attention.out.weight, attention.out.bias)
 

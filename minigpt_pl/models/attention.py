@@ -105,8 +105,8 @@ class CausalSelfAttention(nn.Module):
         bias: Whether the two projections add a bias.
         rope: Rotary positions, or None.
         qk_norm_eps: If given, queries and keys are divided by their root mean square, so that their direction alone
-            counts, and each head learns a factor of its scores (Henry et al., arXiv 2010.04245). This is added under
-            the root. A rotation does not change that mean square.
+            counts, and times a learned factor that all heads share (after Henry et al., arXiv 2010.04245). This is
+            added under the root. A rotation does not change that mean square.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class CausalSelfAttention(nn.Module):
     ):
         super().__init__()
         self.n_head, self.qk_norm_eps = n_head, qk_norm_eps
-        self.qk_gain = None if qk_norm_eps is None else nn.Parameter(torch.ones(n_head))
+        self.qk_gain = None if qk_norm_eps is None else nn.Parameter(torch.ones(1))
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=bias)
         self.out = nn.Linear(n_embd, n_embd, bias=bias)
         self.dropout = Dropout(dropout)
@@ -134,8 +134,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = split_qkv_heads(self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head), self.rope)
         if self.qk_norm_eps is not None and self.qk_gain is not None:
-            q = unit_rms(q, self.qk_norm_eps) * self.qk_gain.view(-1, 1, 1)
-            k = unit_rms(k, self.qk_norm_eps)
+            q, k = (unit_rms(x, self.qk_norm_eps) * self.qk_gain for x in (q, k))
         if cache is not None:
             cache.length = 0  # this pass reads from the first position on
             cache.extend(torch.stack([k, v]).flatten(1, 2))  # (2, B * H, T, D)

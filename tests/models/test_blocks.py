@@ -197,16 +197,14 @@ def test_the_norm_of_queries_and_keys_is_torchs_and_so_are_its_gradients() -> No
 
 
 def test_normalised_queries_and_keys_are_so_before_and_after_the_rotation() -> None:
-    """A head's scores are the cosines of its queries and keys, times sqrt(D) and its gain; weights may be scaled."""
+    """A head's scores are the cosines of its queries and keys, times sqrt(D) and the gain's square."""
     from support.tiny_models import lively
 
     attention: Any = lively("qk_norm", rms_norm_eps=1e-12).blocks[0].attention
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     qkv = attention.qkv(x).view(2, 5, 3, 4, 8)
     q, k, v = split_qkv_heads(qkv, attention.rope)
-    scores = (
-        F.cosine_similarity(q.unsqueeze(-2), k.unsqueeze(-3), dim=-1) * math.sqrt(8) * attention.qk_gain.view(4, 1, 1)
-    )
+    scores = F.cosine_similarity(q.unsqueeze(-2), k.unsqueeze(-3), dim=-1) * math.sqrt(8) * attention.qk_gain**2
     weights = scores.masked_fill(torch.ones(5, 5).triu(1) > 0, -math.inf).softmax(-1)
     expected = attention.out((weights @ v).transpose(1, 2).reshape(2, 5, 32))
     torch.testing.assert_close(attention(x), expected, atol=1e-5, rtol=1e-5)

@@ -112,13 +112,13 @@ export function norm(kind, x, T, C, weight, bias, eps, y) {
   }
 }
 
-// Divides each of the H heads of width D that begin at x[at] by its root mean square, and multiplies by its gain.
-export function unitHeads(x, at, H, D, eps, gains) {
+// Divides each of the H heads of width D that begin at x[at] by its root mean square, and multiplies by a gain.
+export function unitHeads(x, at, H, D, eps, gain) {
   for (let h = 0; h < H; h++) {
     const head = at + h * D;
     let square = 0;
     for (let d = 0; d < D; d++) square += x[head + d] ** 2;
-    const scale = (gains ? gains[h] : 1) / Math.sqrt(square / D + eps);
+    const scale = gain / Math.sqrt(square / D + eps);
     for (let d = 0; d < D; d++) x[head + d] *= scale;
   }
 }

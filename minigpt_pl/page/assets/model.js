@@ -106,10 +106,7 @@ export class Model {
     for (let t = 0; t < T; t++) {
       const at = t * 3 * C, position = first + t;
       if (this.rotary) for (const part of [at, at + C]) rotate(qkv, part, H, D, this.rotary, position);
-      if (eps) {
-        unitHeads(qkv, at, H, D, eps, this.tensors[`${name}.qk_gain`]);
-        unitHeads(qkv, at + C, H, D, eps, null);
-      }
+      if (eps) unitHeads(qkv, at, 2 * H, D, eps, this.tensors[`${name}.qk_gain`][0]);
       layer.keys.set(qkv.subarray(at + C, at + 2 * C), position * C);
       layer.values.set(qkv.subarray(at + 2 * C, at + 3 * C), position * C);
       for (let h = 0; h < H; h++) {
