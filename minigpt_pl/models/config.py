@@ -93,7 +93,7 @@ class ModernConfig(GPTConfig):
         tie_embeddings: Use the token embedding as the head too.
         zero_init: Initialise the last layer of each branch, and an untied head, with zeros.
         conv_kernel_size: Positions that the short convolution before each branch sums over; 0 for no convolutions.
-        qk_norm: Divide each head's queries and keys by their root mean square, times a learned factor.
+        qk_norm: Divide queries and keys by their root mean square, head by head.
     """
 
     rope_theta: PositiveFloat = 10000.0
