@@ -92,8 +92,8 @@ class ModernConfig(GPTConfig):
             learns from the balance loss alone.
         tie_embeddings: Use the token embedding as the head too.
         zero_init: Initialise the last layer of each branch, and an untied head, with zeros.
-        conv_kernel_size: Positions that the short convolution before each branch sums over; 0 for no convolutions.
-        qk_norm: Divide queries and keys by their root mean square, head by head.
+        conv_kernel_size: Positions that the convolution before each branch sums over; 0 for none.
+        qk_norm: Divide queries and keys by their root mean square.
     """
 
     rope_theta: PositiveFloat = 10000.0
