@@ -92,7 +92,7 @@ class ModernConfig(GPTConfig):
             learns from the balance loss alone.
         tie_embeddings: Use the token embedding as the head too.
         zero_init: Initialise the last layer of each branch, and an untied head, with zeros.
-        conv_kernel_size: Positions that the convolution before each branch sums over; 0 for none.
+        conv_kernel_size: Positions that the convolution before a branch sums, or 0.
         qk_norm: Divide queries and keys by their root mean square.
     """
 
