@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import dask
 from distributed import Client, LocalCluster
 
 from minigpt_pl.runtime.errors import UserError
@@ -53,6 +54,8 @@ def local_client(jobs: int, threads: int, gpus: int) -> Iterator[Client]:
         gpus: GPUs of this machine.
     """
     with (
+        # The worker lives as long as this process. After a pause, such as a laptop's sleep, it would count as dead.
+        dask.config.set({"distributed.scheduler.worker-ttl": None}),
         LocalCluster(
             n_workers=1, threads_per_worker=jobs, processes=False, resources=needs(jobs * threads, gpus),
             dashboard_address=LOOPBACK, worker_dashboard_address=LOOPBACK, memory_limit=None,

@@ -188,3 +188,27 @@ def test_each_run_has_its_gpus_to_itself(directory: Path, monkeypatch: pytest.Mo
         assert again["CUDA_VISIBLE_DEVICES"] == "5,6"
         assert all_of_them["CUDA_VISIBLE_DEVICES"] == "3,5,6"
     tasks._free_gpus.cache_clear()
+
+
+SUSPENDED = """
+import os, subprocess, time
+import dask
+from minigpt_pl.experiments.cluster import local_client
+
+if __name__ == "__main__":
+    dask.config.set({"distributed.scheduler.worker-ttl": "1s"})
+    with local_client(jobs=1, threads=1, gpus=0) as client:
+        future = client.submit(time.sleep, 6, resources={"threads": 1})
+        time.sleep(1)
+        subprocess.Popen(["sh", "-c", f"kill -STOP {os.getpid()}; sleep 4; kill -CONT {os.getpid()}"])
+        future.result(timeout=20)
+        print("done")
+"""
+
+
+def test_a_study_survives_a_laptops_sleep(tmp_path: Path) -> None:
+    """Its worker has not been heard for longer than Dask waits (here a second, else five minutes)."""
+    (tmp_path / "suspended.py").write_text(SUSPENDED)
+    command = [sys.executable, "suspended.py"]
+    output = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120)
+    assert output.stdout == "done\n", output.stderr[-2000:]
