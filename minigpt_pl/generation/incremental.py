@@ -136,15 +136,15 @@ def linear_fn(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]
 
 def attention_fn(attention: Any, cache: KVCache) -> Callable[[Tensor, RotaryTables], Tensor]:
     assert isinstance(attention, CausalSelfAttention)
-    qkv, heads, qk_norm_eps = attention.qkv, attention.n_head, attention.qk_norm_eps
+    qkv, heads, qk_norm_eps, qk_gain = attention.qkv, attention.n_head, attention.qk_norm_eps, attention.qk_gain
     C = qkv.in_features
     # The scale of the scores is multiplied into the queries' weights: one call less for each position.
     scale = torch.ones_like(qkv.weight[:, 0])
     if qk_norm_eps is None:
         scale[:C] = (C // heads) ** -0.5
     factors = scale.new_ones(2, 1, 1, 1)  # of the unit queries and keys
-    if qk_norm_eps is not None:
-        factors *= attention.qk_gain
+    if qk_gain is not None:
+        factors *= qk_gain
         factors[0] *= (C // heads) ** -0.5
     project_qkv = linear_fn(qkv.weight * scale[:, None], None if qkv.bias is None else qkv.bias * scale)
     project_out = linear_fn(attention.out.weight, attention.out.bias)
