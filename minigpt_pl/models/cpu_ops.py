@@ -135,20 +135,21 @@ class CPURMSNorm(torch.autograd.Function):
 
 
 class CPUUnitRMS(torch.autograd.Function):
-    """x / rms(x) of x (..., D) in a third of the time that torch takes for short rows on a CPU."""
+    """x / rms(x) * gain of x (..., D) and gain (1,) in a third of the time that torch takes for short rows on a CPU."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         scale = inverse_rms(x, eps)  # (..., 1)
-        unit = x * scale
-        ctx.save_for_backward(unit, scale)
-        return unit
+        ctx.save_for_backward(x, scale, gain)
+        return x * (scale * gain)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        unit, scale = ctx.saved_tensors
-        mean = (dy * unit).mean(-1, keepdim=True)
-        return torch.addcmul(dy, unit, mean, value=-1).mul_(scale), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, scale, gain = ctx.saved_tensors
+        mean = (dy * x).mean(-1, keepdim=True) * scale  # (..., 1), of dy * unit
+        factor = scale * gain
+        dx = (dy * factor).addcmul_(x, factor * scale * mean, value=-1)
+        return dx, mean.sum().mul_(x.size(-1)).view_as(gain), None
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:

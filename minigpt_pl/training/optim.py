@@ -110,40 +110,53 @@ class Muon(torch.optim.AdamW):
             gradients: list[Tensor] = [gradient for _, gradient in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
             torch._foreach_lerp_(gradients, momenta, self.momentum)  # Nesterov
-            updates = newton_schulz(torch.stack(gradients))  # (matrices, ..., o, i)
-            row_means = updates.square().mean(-1, keepdim=True)
+            updates = orthogonalize(torch.stack(gradients))  # (matrices, ..., o, i)
+            row_means = updates.square().mean(-1, keepdim=True)  # (matrices, ..., o, 1)
             torch._foreach_lerp_([state["row_variance"] for state in states], row_means.unbind(), 1 - self.beta2)
-            scaled = updates * torch.stack([state["row_variance"] for state in states]).clamp_(min=1e-16).rsqrt_()
-            scaled *= frobenius_norm(updates) / frobenius_norm(scaled).clamp(min=1e-7)
+            row_variances = torch.stack([state["row_variance"] for state in states]).clamp_(min=1e-16)
+            scaled_means = (row_means / row_variances).mean(-2, keepdim=True).clamp_(min=1e-14)
+            updates *= (row_means.mean(-2, keepdim=True) / scaled_means / row_variances).sqrt_()  # keeps their length
             rate = group["lr"] * math.sqrt(max(1, shape[-2] / shape[-1]))
             parameters: list[Tensor] = [p for p, _ in matrices]
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, scaled.unbind(), alpha=-rate)
+            torch._foreach_add_(parameters, updates.unbind(), alpha=-rate)
 
 
-def frobenius_norm(matrices: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
+ORTHOGONALIZING_POLYNOMIALS = (
+    (7.7110, -22.1138, 16.2487),
+    (3.2153, -2.4112, 0.5013),
+    (2.2183, -1.5940, 0.4107),
+)
+"""Each maps x to a x + b x^3 + c x^5. In this order they bring all of [0.02, 1] nearer to 1 than any others can."""
 
 
-def newton_schulz(matrices: Tensor) -> Tensor:
-    """Matrices (..., o, i) with their singular vectors kept and their singular values moved to between 0.7 and 1.2.
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Matrices (..., o, i) with their singular vectors kept, and singular values between 0.9 and 1.1.
 
-    Five iterations X <- P X with P = a + b XX' + c (XX')^2. All P commute, so they and XX' are multiplied as matrices
-    of the shorter side squared, and X is multiplied once, at the end.
+    Values below a fiftieth of (sum of their eighth powers)^(1/8), which is at least the largest, stay smaller.
+
+    The method is Polar Express (Amsel et al., arXiv 2505.16932): X <- P X with P = a + b XX' + c (XX')^2, and the best
+    coefficients for each iteration. All P commute, so they and XX' are multiplied as matrices of the shorter side
+    squared, and X is multiplied once, at the end. With such a close bound of the largest value, which (XX')^2 gives
+    for nothing, three iterations suffice.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's coefficients, the steepest at 0
     x = matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
-    x = x / (frobenius_norm(x) + 1e-7)
     gram = x @ x.mT
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + 1e-30  # so that nothing below underflows
+    gram /= trace
+    square = gram @ gram
+    bound = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).sqrt_().clamp_(min=1e-6) * 1.001  # (..., 1, 1)
+    gram, square = gram / bound, square / bound.square()
     product: Tensor | None = None
-    for remaining in reversed(range(5)):
-        factor = b * gram + c * (gram @ gram)
+    for remaining, (a, b, c) in zip(reversed(range(3)), ORTHOGONALIZING_POLYNOMIALS, strict=True):
+        factor = b * gram + c * square
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         product = factor if product is None else factor @ product
         if remaining:
             gram = factor @ gram @ factor
+            square = gram @ gram
     assert product is not None
-    x = product @ x
+    x = product * (bound * trace).rsqrt() @ x  # the root is at least the largest singular value
     return x.mT if matrices.size(-2) > matrices.size(-1) else x
 
 
