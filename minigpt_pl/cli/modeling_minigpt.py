@@ -46,6 +46,7 @@ class MiniGPTConfig(PretrainedConfig):
         linear_bias: Whether linear layers add a bias.
         rotary_theta: Base of the rotary wavelengths; None for learned positions.
         qk_norm_eps: Added to the mean square by which queries and keys are divided; None if they are not.
+        attention_layers: The numbers of the blocks with attention, from 0; None for all.
         feed_forward: mlp, swiglu or moe.
         gelu: That of mlp: tanh or exact.
         n_experts: Of moe.
@@ -70,6 +71,7 @@ class MiniGPTConfig(PretrainedConfig):
         linear_bias: bool = False,
         rotary_theta: float | None = None,
         qk_norm_eps: float | None = None,
+        attention_layers: list[int] | None = None,
         feed_forward: str = "swiglu",
         gelu: str = "tanh",
         n_experts: int = 0,
@@ -82,6 +84,8 @@ class MiniGPTConfig(PretrainedConfig):
         given = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
         for name, value in given.items():
             setattr(self, name, value)
+        if attention_layers is None:
+            self.attention_layers = list(range(num_hidden_layers))
         super().__init__(**kwargs)
 
 
@@ -97,7 +101,7 @@ class Context:
 
     def __init__(self, config: Any, ids: Tensor, attention_mask: Tensor | None, cache: Any):
         T, past = ids.size(1), cache.get_seq_length() if cache is not None else 0
-        self.cache, self.layers = cache, config.num_hidden_layers
+        self.cache = cache
         if past + T > config.max_position_embeddings:
             raise ValueError(f"{past + T} positions, but the model has {config.max_position_embeddings}")
         self.positions = torch.arange(past, past + T, device=ids.device)[None]  # (1 or B, T)
@@ -127,7 +131,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: Any, layer: int):
         super().__init__()
-        self.n_head, self.layer, self.qk_norm_eps = config.num_attention_heads, layer, config.qk_norm_eps
+        self.n_head, self.qk_norm_eps = config.num_attention_heads, config.qk_norm_eps
+        self.entry = config.attention_layers.index(layer)
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
         self.qk_gain = None if self.qk_norm_eps is None else nn.Parameter(torch.ones(1))
@@ -139,7 +144,7 @@ class Attention(nn.Module):
             q, k = apply_rotary(q, *context.rotary), apply_rotary(k, *context.rotary)
         if self.qk_gain is not None:
             q, k = (F.rms_norm(x, x.shape[-1:], eps=self.qk_norm_eps) * self.qk_gain for x in (q, k))
-        k, v = context.extend(self.layer, k, v)
+        k, v = context.extend(self.entry, k, v)
         y = F.scaled_dot_product_attention(q, k, v, context.mask, is_causal=context.is_causal)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
@@ -147,9 +152,9 @@ class Attention(nn.Module):
 class ShortConv(nn.Module):
     """A short causal convolution. The cache has an entry of one head for it, so that it is reordered as all others."""
 
-    def __init__(self, config: Any, layer: int, branch: int):
+    def __init__(self, config: Any, entry: int):
         super().__init__()
-        self.entry = config.num_hidden_layers + 2 * layer + branch
+        self.entry = entry
         self.weight = nn.Parameter(torch.empty(config.conv_kernel_size, config.hidden_size))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -166,15 +171,21 @@ class Block(nn.Module):
 
     def __init__(self, config: Any, layer: int):
         super().__init__()
-        self.norm_1, self.attention, self.norm_2 = norm(config), Attention(config, layer), norm(config)
-        self.conv_1, self.conv_2 = (ShortConv(config, layer, i) if config.conv_kernel_size else None for i in (0, 1))
+        attends = layer in config.attention_layers
+        self.norm_1, self.norm_2 = norm(config) if attends else None, norm(config)
+        self.attention = Attention(config, layer) if attends else None
+        conv_entry = len(config.attention_layers) + layer + sum(i < layer for i in config.attention_layers)
+        has_convs = config.conv_kernel_size > 0
+        self.conv_1 = ShortConv(config, conv_entry) if has_convs and attends else None
+        self.conv_2 = ShortConv(config, conv_entry + attends) if has_convs else None
         self.feed_forward = feed_forward(config)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        y = self.norm_1(x)
-        if self.conv_1 is not None:
-            y = self.conv_1(y, context)
-        x = x + self.attention(y, context)
+        if self.attention is not None and self.norm_1 is not None:
+            y = self.norm_1(x)
+            if self.conv_1 is not None:
+                y = self.conv_1(y, context)
+            x = x + self.attention(y, context)
         y = self.norm_2(x)
         if self.conv_2 is not None:
             y = self.conv_2(y, context)

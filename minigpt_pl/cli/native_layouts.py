@@ -54,9 +54,11 @@ def native_obstacle(model: GPT) -> UserError | None:
     """Why no layout has the model's function; None if one has."""
     if type(model) not in (ClassicGPT, ModernGPT):
         return UserError(f"transformers has no layout for {type(model).__name__}", remedy=REMEDY)
-    block: Any = model.blocks[0]
+    block: Any = model.blocks[-1]
     if block.conv_1 is not None:
         return UserError("transformers has no layout with short convolutions", remedy=REMEDY)
+    if len(model.attention_layers()) < len(model.blocks):
+        return UserError("transformers has no layout with blocks without attention", remedy=REMEDY)
     if block.attention.qk_norm_eps is not None:
         return UserError("transformers has no layout with the factor that model.qk_norm learns", remedy=REMEDY)
     return None

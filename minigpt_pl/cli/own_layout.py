@@ -36,7 +36,7 @@ def own_layout(model: GPT) -> Layout:
     """
     if obstacle := own_layout_obstacle(model):
         raise obstacle
-    block: Any = model.blocks[0]
+    block: Any = model.blocks[-1]  # it has attention
     attention, feed_forward = block.attention, block.feed_forward
     is_tied = model.head.weight is model.token_embedding.weight
     config: dict[str, Any] = {
@@ -51,7 +51,7 @@ def own_layout(model: GPT) -> Layout:
         "norm": "rms" if isinstance(block.norm_1, RMSNorm) else "layer", "norm_eps": block.norm_1.eps,
         "linear_bias": attention.qkv.bias is not None,
         "rotary_theta": None if attention.rope is None else attention.rope.theta,
-        "qk_norm_eps": attention.qk_norm_eps,
+        "qk_norm_eps": attention.qk_norm_eps, "attention_layers": model.attention_layers(),
         "conv_kernel_size": 0 if block.conv_1 is None else len(block.conv_1.weight),
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
     }  # fmt: skip

@@ -57,7 +57,8 @@ def supports(model: GPT) -> bool:
     inner = [layer for module in modules if isinstance(module, SwiGLU | MoE) for layer in module.children()]
     biased = any(layer.bias is not None for layer in (model.head, *inner))
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-    return not biased and not hooked and len({block.attention.rope for block in blocks}) == 1
+    ropes = {block.attention.rope for block in blocks if block.attention is not None}
+    return not biased and not hooked and len(ropes) == 1
 
 
 def make_decode_fn(model: GPT, cache: list[KVCache]) -> Callable[[Tensor], Tensor]:
@@ -68,12 +69,12 @@ def make_decode_fn(model: GPT, cache: list[KVCache]) -> Callable[[Tensor], Tenso
         cache: Filled by `model` before the first call, and whenever the window has been shortened.
     """
     blocks = [block_fn(block, layer) for block, layer in zip(model.blocks, cache, strict=True)]
-    first: Any = model.blocks[0]
+    last: Any = model.blocks[-1]  # every model's last block has attention
     tokens, positions = model.token_embedding.weight, getattr(model, "position_embedding", None)
-    norm, head, tables = layer_fn(model.norm), model.head.weight.t(), rotary_tables(first.attention.rope)
+    norm, head, tables = layer_fn(model.norm), model.head.weight.t(), rotary_tables(last.attention.rope)
 
     def decode(ids: Tensor) -> Tensor:
-        position = cache[0].length
+        position = cache[-1].length
         assert position < model.block_size, "the window is full"
         rotary = (tables[0][position], tables[1][position]) if tables is not None else None
         x = tokens.index_select(0, ids)  # (S, C)
@@ -98,17 +99,21 @@ def rotary_tables(rope: RotaryEmbedding | None) -> RotaryTables:
 def block_fn(block: Any, cache: KVCache) -> Callable[[Tensor, RotaryTables], Tensor]:
     """The block as a function of x (S, C)."""
     assert isinstance(block, Block)
-    attention_input = [layer_fn(block.norm_1)] + ([] if block.conv_1 is None else [conv_fn(block.conv_1, cache)])
-    attention = attention_fn(block.attention, cache)
     branch = [layer_fn(block.norm_2)] + ([] if block.conv_2 is None else [conv_fn(block.conv_2, cache)])
     branch.append(layer_fn(block.feed_forward))
+    if block.attention is None:
+        attention = None
+    else:
+        attention = attention_fn(block.attention, cache)
+        attention_input = [layer_fn(block.norm_1)] + ([] if block.conv_1 is None else [conv_fn(block.conv_1, cache)])
 
     def decode(x: Tensor, rotary: RotaryTables) -> Tensor:
         y = x
-        for function in attention_input:
-            y = function(y)
-        x = attention(y, rotary).add_(x)
-        y = x
+        if attention is not None:
+            for function in attention_input:
+                y = function(y)
+            x = attention(y, rotary).add_(x)
+            y = x
         for function in branch:
             y = function(y)
         return x + y

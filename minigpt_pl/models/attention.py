@@ -82,9 +82,9 @@ def split_qkv_heads(qkv: Tensor, rope: RotaryEmbedding | None) -> tuple[Tensor, 
     return *apply_rotary(heads[:2], cos, sin).unbind(), heads[2]
 
 
-def unit_rms(x: Tensor, eps: float) -> Tensor:
-    """x / rms(x) over the last dimension of x (..., D)."""
-    return CPUUnitRMS.apply(x, eps) if use_cpu_ops(x) else F.rms_norm(x, x.shape[-1:], eps=eps)
+def unit_rms(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * gain over the last dimension of x (..., D); gain (1,)."""
+    return CPUUnitRMS.apply(x, gain, eps) if use_cpu_ops(x) else F.rms_norm(x, x.shape[-1:], eps=eps) * gain
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: Dropout) -> Tensor:
@@ -134,7 +134,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = split_qkv_heads(self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head), self.rope)
         if self.qk_norm_eps is not None and self.qk_gain is not None:
-            q, k = (unit_rms(x, self.qk_norm_eps) * self.qk_gain for x in (q, k))
+            q, k = (unit_rms(x, self.qk_gain, self.qk_norm_eps) for x in (q, k))
         if cache is not None:
             cache.length = 0  # this pass reads from the first position on
             cache.extend(torch.stack([k, v]).flatten(1, 2))  # (2, B * H, T, D)

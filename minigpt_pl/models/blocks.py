@@ -87,13 +87,13 @@ class Block(nn.Module):
 
     A feed-forward network may return (y, balance loss), as `moe.MoE` does; the block passes that loss on, else None.
     Where there are short convolutions, they lie between the norm and its branch. Without `attention_output_dropout`,
-    only the second branch has dropout.
+    only the second branch has dropout. A block without attention has neither its norm nor its convolution.
     """
 
     def __init__(
         self,
-        norm_1: nn.Module,
-        attention: nn.Module,
+        norm_1: nn.Module | None,
+        attention: nn.Module | None,
         norm_2: nn.Module,
         feed_forward: nn.Module,
         dropout: float,
@@ -113,11 +113,12 @@ class Block(nn.Module):
         self.attention_output_dropout = attention_output_dropout
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
-        y = self.norm_1(x)  # (B, T, C)
-        if self.conv_1 is not None:
-            y = self.conv_1(y, cache)
-        y = self.attention(y, cache)
-        x = x + (self.dropout(y) if self.attention_output_dropout else y)
+        if self.attention is not None and self.norm_1 is not None:
+            y = self.norm_1(x)  # (B, T, C)
+            if self.conv_1 is not None:
+                y = self.conv_1(y, cache)
+            y = self.attention(y, cache)
+            x = x + (self.dropout(y) if self.attention_output_dropout else y)
         y = self.norm_2(x)
         if self.conv_2 is not None:
             y = self.conv_2(y, cache)

@@ -94,6 +94,7 @@ class ModernConfig(GPTConfig):
         zero_init: Initialise the last layer of each branch, and an untied head, with zeros.
         conv_kernel_size: Positions that the convolution before a branch sums, or 0.
         qk_norm: Divide queries and keys by their root mean square.
+        attention_every: Blocks for each one with attention, counted from the last; the others only feed forward.
     """
 
     rope_theta: PositiveFloat = 10000.0
@@ -106,6 +107,7 @@ class ModernConfig(GPTConfig):
     zero_init: bool = True
     conv_kernel_size: NonNegativeInt = 4
     qk_norm: bool = False
+    attention_every: PositiveInt = 1
 
     @property
     def ffn_hidden(self) -> int:

@@ -65,11 +65,16 @@ class GPT(nn.Module, ABC):
         """An empty cache for `forward`, one entry a layer."""
         return [KVCache(self.block_size) for _ in self.blocks]
 
+    def attention_layers(self) -> list[int]:
+        """The numbers of the blocks with attention, from 0; the last block is one of them."""
+        blocks: Any = self.blocks
+        return [layer for layer, block in enumerate(blocks) if block.attention is not None]
+
     def moe_layers(self) -> Iterator[MoE]:
         return (module for module in self.blocks.modules() if isinstance(module, MoE))
 
     def branch_outputs(self) -> list[Tensor]:
-        """The weights that write to the residual stream, two a block."""
+        """The weights that write to the residual stream, one for each branch."""
         return [part.matrices()[-1] for part in self._branches()]
 
     def matrices(self) -> list[Tensor]:
@@ -93,11 +98,11 @@ class GPT(nn.Module, ABC):
     def flops_per_token(self) -> int:
         """FLOPs of one token's forward and backward pass in training, as PaLM counts (arXiv 2204.02311, appendix B).
 
-        Six for each active weight that multiplies, and 12 C T a layer for full attention over the window.
+        Six for each active weight that multiplies, and 12 C T for each full attention over the window.
         """
         weights = self.params_active() - sum(p.numel() for p in self.parameters() if p.dim() < 2)
-        n_embd = self.token_embedding.embedding_dim
-        return 6 * (weights - self.lookup_params()) + 12 * len(self.blocks) * n_embd * self.block_size
+        n_embd, attentions = self.token_embedding.embedding_dim, len(self.attention_layers())
+        return 6 * (weights - self.lookup_params()) + 12 * attentions * n_embd * self.block_size
 
     @abstractmethod
     def lookup_params(self) -> int:
@@ -215,21 +220,25 @@ class ModernGPT(GPT):
         self.token_embedding = nn.Embedding(config.vocab_size, n_embd)
         self.dropout = Dropout(config.dropout)
         rope = RotaryEmbedding(n_embd // config.n_head, config.block_size, config.rope_theta)
-        self.blocks = nn.ModuleList(
-            Block(
-                RMSNorm(n_embd, eps),
-                CausalSelfAttention(
-                    n_embd, config.n_head, config.dropout, False, rope, eps if config.qk_norm else None
-                ),
-                RMSNorm(n_embd, eps),
+        self.blocks = nn.ModuleList()
+        for layer in range(config.n_layer):
+            attends = (config.n_layer - 1 - layer) % config.attention_every == 0
+            conv_1, conv_2 = (
+                ShortConv(n_embd, config.conv_kernel_size) if config.conv_kernel_size and used else None
+                for used in (attends, True)
+            )
+            attention = CausalSelfAttention(
+                n_embd, config.n_head, config.dropout, False, rope, eps if config.qk_norm else None
+            )
+            feed_forward = (
                 MoE(n_embd, hidden, config.n_experts, config.moe_top_k, config.moe_gate)
                 if config.n_experts
-                else SwiGLU(n_embd, hidden),
-                config.dropout,
-                *(ShortConv(n_embd, config.conv_kernel_size) for _ in range(2 if config.conv_kernel_size else 0)),
+                else SwiGLU(n_embd, hidden)
             )
-            for _ in range(config.n_layer)
-        )
+            norm_1, norm_2 = RMSNorm(n_embd, eps) if attends else None, RMSNorm(n_embd, eps)
+            self.blocks.append(
+                Block(norm_1, attention if attends else None, norm_2, feed_forward, config.dropout, conv_1, conv_2)
+            )
         self.norm = RMSNorm(n_embd, eps)
         self.head = nn.Linear(n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:

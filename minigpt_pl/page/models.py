@@ -28,7 +28,7 @@ def model_spec(net: GPT) -> dict[str, Any]:
     if not supports(net):
         raise UserError("the page knows only the models of this package", remedy="train a ClassicLM or a ModernLM")
     blocks: list[Any] = list(net.blocks)
-    attention = blocks[0].attention
+    attention = blocks[-1].attention  # the last block has one
     return {
         "vocab_size": net.head.out_features,
         "block_size": net.block_size,
@@ -40,7 +40,8 @@ def model_spec(net: GPT) -> dict[str, Any]:
         "norm": norm_spec(net.norm),
         "blocks": [
             {
-                "norm_1": norm_spec(block.norm_1), "norm_2": norm_spec(block.norm_2),
+                "norm_1": norm_spec(block.norm_1) if block.attention is not None else None,
+                "norm_2": norm_spec(block.norm_2),
                 "conv_1": block.conv_1 is not None, "conv_2": block.conv_2 is not None,
                 "feed_forward": feed_forward_spec(block.feed_forward),
             }

@@ -52,6 +52,8 @@ OWN_KINDS = {
     "default, tied": ("--model.tie_embeddings", "true", "--model.conv_kernel_size", "1"),
     "default, moe": ("--model.n_experts", "4"),
     "qk_norm": (*PLAIN, "--model.qk_norm", "true", "--model.rms_norm_eps", "0.1"),
+    "attention_every": ("--model.attention_every", "2", "--model.n_layer", "4"),
+    "attention_every, plain": (*PLAIN, "--model.attention_every", "2"),
     "classic": ("--model", "ClassicLM"),
     "classic, torch's parts": CLASSIC_AS_TORCH,
     "modern": PLAIN,
@@ -60,6 +62,7 @@ OWN_KINDS = {
 }
 KINDS = [(kind, True) for kind in NATIVE_KINDS] + [(kind, False) for kind in OWN_KINDS]
 OPTIONAL = {"default", "default, bpe", "default, tied", "default, moe", "qk_norm"}
+OPTIONAL |= {"attention_every", "attention_every, plain"}
 """Kinds for which --native false is the only way, so that it may be left out."""
 TABLE: list[str] = []
 
@@ -199,6 +202,8 @@ def test_a_model_without_a_layout_is_refused(minigpt, tmp_path):
         layout_of(AblationGPT.__new__(AblationGPT), native=True)
     with pytest.raises(UserError, match=f"transformers has no layout with short convolutions; {native}"):
         layout_of(build("recipes"), native=True)
+    with pytest.raises(UserError, match=f"transformers has no layout with blocks without attention; {native}"):
+        layout_of(build("dense", attention_every=2), native=True)
     assert layout_of(build("recipes"), native=None)[0]["model_type"] == "minigpt"
     assert layout_of(build("recipes", conv_kernel_size=0), native=None)[0]["model_type"] == "llama"
     with pytest.raises(UserError, match="only models of minigpt_pl can be exported, not AnotherGPT"):

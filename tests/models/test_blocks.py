@@ -187,11 +187,11 @@ def test_the_norm_of_the_modern_model_is_torchs_and_so_are_its_gradients() -> No
 def test_the_norm_of_queries_and_keys_is_torchs_and_so_are_its_gradients() -> None:
     x, direction = (torch.randn(3, 7, 8, generator=torch.Generator().manual_seed(i)) * 3 for i in range(2))
     results = []
-    for norm in (unit_rms, lambda x, eps: F.rms_norm(x, (8,), eps=eps)):
-        x = x.detach().clone().requires_grad_()
-        y = norm(x, 0.5)
+    for norm in (unit_rms, lambda x, gain, eps: F.rms_norm(x, (8,), eps=eps) * gain):
+        x, gain = x.detach().clone().requires_grad_(), torch.full((1,), 0.7, requires_grad=True)
+        y = norm(x, gain, 0.5)
         y.backward(direction)
-        results.append([y.detach(), x.grad])
+        results.append([y.detach(), x.grad, gain.grad])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 

@@ -115,7 +115,7 @@ BEGIN_AT_0 = ("attention.out.weight", "feed_forward.down.weight", "conv_1.weight
 def test_initial_weights_have_the_published_spread(kind: str) -> None:
     model = build(kind, n_embd=64, n_layer=8, vocab_size=100, block_size=64)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 or kind == "recipes" and name.endswith(BEGIN_AT_0):
+        if parameter.dim() == 1 or kind in ("recipes", "alternating") and name.endswith(BEGIN_AT_0):
             expected = 1 if "norm" in name and name.endswith("weight") or name.endswith("qk_gain") else 0
             assert (parameter == expected).all(), name
             continue
@@ -224,6 +224,23 @@ def test_parameters_and_flops_are_counted_as_by_hand() -> None:
         assert moe.params_total() == rest + L * 4 * 3 * C * F
         assert moe.params_active() == rest + L * chosen * 3 * C * F
         assert moe.flops_per_token() == 6 * (moe.params_active() - (2 * L + 1) * C) + 12 * L * C * T
+    half, products = build("dense", attention_every=2), products - 4 * C * C
+    assert half.params_total() == products + 2 * L * C
+    assert half.flops_per_token() == 6 * products + 12 * C * T
+
+
+@pytest.mark.parametrize(("every", "layers"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [1, 4]), (9, [4])])
+def test_blocks_with_attention_are_counted_from_the_last(every: int, layers: list[int]) -> None:
+    model = lively("recipes", n_layer=5, attention_every=every)
+    assert model.attention_layers() == layers
+    parts = {tuple(name.split(".")[1:3]) for name, _ in model.blocks.named_parameters(prefix="blocks")}
+    for layer in range(5):
+        for part in ("norm_1", "conv_1", "attention"):
+            assert ((str(layer), part) in parts) == (layer in layers)
+    ids = some_ids(1, 16)
+    changed = ids.clone()
+    changed[0, 0] = (ids[0, 0] + 1) % VOCAB
+    assert not torch.equal(model(ids)[0][0, -1], model(changed)[0][0, -1]), "the last position still sees the first"
 
 
 # Sizes that make no model.

@@ -37,6 +37,8 @@ MODELS = {
     "modern, not tied": lambda: lively("dense", tie_embeddings=False),
     "short convolutions": lambda: lively("recipes"),
     "normalised queries and keys": lambda: lively("qk_norm", rms_norm_eps=0.1),
+    "attention in every second block": lambda: lively("alternating"),
+    "attention in the last block, experts": lambda: lively("qk_norm", attention_every=9),
     "MoE, top 1, softmax_all": lambda: lively("switch"),
     "MoE, top 2, softmax_selected": lambda: lively("mixtral"),
     "MoE, top 3, softmax_all, convolutions": lambda: lively("switch", moe_top_k=3, conv_kernel_size=2),

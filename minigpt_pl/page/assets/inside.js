@@ -43,7 +43,7 @@ export function insideView(ctx) {
 
   // One strip for each head: attention over the positions of the context, oldest left.
   function showHeads() {
-    const rows = state.trace.attention.map((layer, l) => el("div", { class: "row" }, el("small", {}, `layer ${l + 1}`),
+    const rows = state.trace.attention.map((layer, l) => layer.length === 0 ? [] : el("div", { class: "row" }, el("small", {}, `layer ${l + 1}`),
       layer.map((weights, h) => {
         const canvas = el("canvas", { width: 160, height: 16 });
         drawStrip(canvas, weights, lineColor(4));
@@ -81,7 +81,7 @@ export function insideView(ctx) {
 
   function attention() {
     const all = state.trace.attention;
-    if (state.layer !== null) return all[state.layer]?.[state.head] ?? all[0][0];
+    if (state.layer !== null) return all[state.layer]?.[state.head] ?? all.flat()[0];
     const heads = all.flat();
     return heads[0].map((_, j) => heads.reduce((sum, head) => sum + head[j], 0) / heads.length);
   }

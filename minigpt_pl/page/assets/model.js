@@ -66,11 +66,13 @@ export class Model {
   block(x, T, layer, cache, trace) {
     const C = this.spec.n_embd, block = this.spec.blocks[layer], name = `blocks.${layer}`;
     let y = new Float32Array(T * C);
-    this.norm(`${name}.norm_1`, x, T, y, block.norm_1);
-    if (block.conv_1) y = this.convolution(`${name}.conv_1`, y, T, cache.layers[layer].conv_1, cache.length, trace);
-    y = this.attention(`${name}.attention`, y, T, cache.layers[layer], cache.length, trace);
-    for (let i = 0; i < x.length; i++) x[i] += y[i];
-    y = new Float32Array(T * C);
+    if (block.norm_1) { // a block without it has no attention
+      this.norm(`${name}.norm_1`, x, T, y, block.norm_1);
+      if (block.conv_1) y = this.convolution(`${name}.conv_1`, y, T, cache.layers[layer].conv_1, cache.length, trace);
+      y = this.attention(`${name}.attention`, y, T, cache.layers[layer], cache.length, trace);
+      for (let i = 0; i < x.length; i++) x[i] += y[i];
+      y = new Float32Array(T * C);
+    } else if (trace) trace.attention.push([]);
     this.norm(`${name}.norm_2`, x, T, y, block.norm_2);
     if (block.conv_2) y = this.convolution(`${name}.conv_2`, y, T, cache.layers[layer].conv_2, cache.length, trace);
     y = this.feedForward(`${name}.feed_forward`, y, T, block.feed_forward, trace);
