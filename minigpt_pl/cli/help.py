@@ -30,8 +30,8 @@ TITLES = {
 HIDDEN = {"validate": ("model", "seed"), "test": ("model", "seed"), "predict": ("model", "seed", "data")}
 """Options that a command takes but its help does not list: they come from the checkpoint."""
 RARE = {
-    "data.split", "data.split_unit", "data.bpe_min_pair_freq", "data.bpe_across_lines", "data.bpe_train_on",
-    "wandb.entity", "wandb.id", "wandb.group", "wandb.job_type", "wandb.log_best",
+    "model.rms_norm_eps", "data.split", "data.split_unit", "data.bpe_min_pair_freq", "data.bpe_across_lines",
+    "data.bpe_train_on", "wandb.entity", "wandb.id", "wandb.group", "wandb.job_type", "wandb.log_best",
 }  # fmt: skip
 """Options that only the help of their group lists."""
 METAVARS = {

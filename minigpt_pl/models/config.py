@@ -94,7 +94,7 @@ class ModernConfig(GPTConfig):
         zero_init: Initialise the last layer of each branch, and an untied head, with zeros.
         conv_kernel_size: Positions that the convolution before a branch sums, or 0.
         qk_norm: Divide queries and keys by their root mean square.
-        attention_every: Blocks for each one with attention, counted from the last; the others only feed forward.
+        attention_every: One block in so many has attention, the last one always.
     """
 
     rope_theta: PositiveFloat = 10000.0
