@@ -83,8 +83,10 @@ def split_qkv_heads(qkv: Tensor, rope: RotaryEmbedding | None) -> tuple[Tensor, 
 
 
 def unit_rms(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * gain over the last dimension of x (..., D); gain (1,)."""
-    return CPUUnitRMS.apply(x, gain, eps) if use_cpu_ops(x) else F.rms_norm(x, x.shape[-1:], eps=eps) * gain
+    """x / rms(x) * gain over the last dimension of x (..., D), in its dtype; gain (1,)."""
+    if use_cpu_ops(x):
+        return CPUUnitRMS.apply(x, gain, eps)
+    return (F.rms_norm(x, x.shape[-1:], eps=eps) * gain).type_as(x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: Dropout) -> Tensor:

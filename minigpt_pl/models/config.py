@@ -106,8 +106,8 @@ class ModernConfig(GPTConfig):
     tie_embeddings: bool = False
     zero_init: bool = True
     conv_kernel_size: NonNegativeInt = 4
-    qk_norm: bool = False
-    attention_every: PositiveInt = 1
+    qk_norm: bool = True
+    attention_every: PositiveInt = 4
 
     @property
     def ffn_hidden(self) -> int:

@@ -141,15 +141,15 @@ class CPUUnitRMS(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         scale = inverse_rms(x, eps)  # (..., 1)
         ctx.save_for_backward(x, scale, gain)
-        return x * (scale * gain)
+        return x * (scale * gain).type_as(x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale, gain = ctx.saved_tensors
         mean = (dy * x).mean(-1, keepdim=True) * scale  # (..., 1), of dy * unit
-        factor = scale * gain
+        factor = (scale * gain).type_as(x)
         dx = (dy * factor).addcmul_(x, factor * scale * mean, value=-1)
-        return dx, mean.sum().mul_(x.size(-1)).view_as(gain), None
+        return dx, mean.sum().mul_(x.size(-1)).view_as(gain).type_as(gain), None
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:

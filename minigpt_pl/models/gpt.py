@@ -208,6 +208,8 @@ class ClassicGPT(GPT):
 class ModernGPT(GPT):
     """Llama's decoder (Touvron et al. 2023): RMSNorm, RoPE, SwiGLU or a mixture of SwiGLU experts.
 
+    By default it is a hybrid, as LFM2 (Liquid AI 2025) is: most blocks have short convolutions and no attention.
+
     Args:
         config: The sizes.
         seed: Seed of the initial weights: N(0, 0.02), except those that zero_init sets to 0 and those of the short

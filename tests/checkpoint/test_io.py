@@ -16,6 +16,7 @@ import torch
 from conftest import Outcome
 from support.runs import SMALL, at_micro_batch, differences, train_small
 
+from minigpt_pl.api import load_checkpoint
 from minigpt_pl.checkpoint.io import AtomicCheckpointIO, iter_tensors, read_checkpoint, tensor_digest, write_error
 from minigpt_pl.runtime.errors import UserError
 
@@ -246,6 +247,22 @@ def test_a_directory_that_is_not_writable_is_reported(minigpt: Call, tmp_path: P
         assert outcome.status == 2
         assert outcome.err.startswith(f"error: --run_dir {run}: the directory is not writable (")
         assert outcome.err.count("\n") == 1
+
+
+def test_a_checkpoint_that_is_older_than_some_options_keeps_its_model(minigpt: Call, tmp_path: Path) -> None:
+    options = {"qk_norm": "false", "attention_every": "1"}
+    args = [word for name, value in options.items() for word in (f"--model.{name}", value)]
+    run = train_small(tmp_path, *args)
+    checkpoint = torch.load(run / "last.ckpt")
+    for name in options:
+        del checkpoint["config"]["model"]["init_args"][name]
+    torch.save(checkpoint, tmp_path / "older.ckpt")
+    now, older = (load_checkpoint(path).model.state_dict() for path in (run / "last.ckpt", tmp_path / "older.ckpt"))
+    assert now.keys() == older.keys()
+    assert all(torch.equal(now[name], older[name]) for name in now)
+    shutil.copy(tmp_path / "older.ckpt", run / "last.ckpt")
+    outcome = minigpt("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", 20)
+    assert outcome.status == 0, outcome.err
 
 
 def test_a_checkpoint_holds_plain_values_only(run: Path) -> None:

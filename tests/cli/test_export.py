@@ -29,7 +29,7 @@ from minigpt_pl.runtime.errors import UserError
 
 transformers = pytest.importorskip("transformers", reason="it is in the dev extra")
 
-PLAIN = ("--model.conv_kernel_size", "0")
+PLAIN = ("--model.conv_kernel_size", "0", "--model.qk_norm", "false", "--model.attention_every", "1")
 SPARSE = (*PLAIN, "--model.n_experts", "4")
 CLASSIC_AS_TORCH = (
     "--model", "ClassicLM", "--model.gelu", "exact", "--model.weight_init", "torch",

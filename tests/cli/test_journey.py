@@ -304,7 +304,7 @@ def test_the_parameter_table_reaches_the_objects(name: str) -> None:
         assert run.model.total_loss(one, zero) == 1
         built["moe_aux_loss_coef"] = {round(run.model.total_loss(zero, one).item(), 9)}
         modern = {"ffn_mult": 2.0, "n_experts": 4, "moe_gate": "softmax_selected", "tie_embeddings": True}
-        modern |= {"zero_init": False, "conv_kernel_size": 0, **sizes}
+        modern |= {"zero_init": False, "conv_kernel_size": 0, "qk_norm": False, "attention_every": 1, **sizes}
         twin = ModernGPT(ModernConfig(**modern), seed=table["seed"])
     same = [torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True)]
     assert all(same), "the weights are drawn from the seed"

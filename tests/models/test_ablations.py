@@ -28,7 +28,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_the_first_stage_is_classic_gpt_and_the_last_is_modern_gpt() -> None:
-    modern = ModernConfig(**SIZES, tie_embeddings=True, zero_init=False, conv_kernel_size=0)
+    plain = {"zero_init": False, "conv_kernel_size": 0, "qk_norm": False, "attention_every": 1}
+    modern = ModernConfig(**SIZES, tie_embeddings=True, **plain)
     ends = ("classic", ClassicGPT(ClassicConfig(**SIZES), 5)), ("tied", ModernGPT(modern, 5))
     for name, model in ends:
         model.eval()

@@ -196,6 +196,19 @@ def test_the_norm_of_queries_and_keys_is_torchs_and_so_are_its_gradients() -> No
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("compiling", [False, True], ids=["ours", "torch's"])
+def test_the_norm_of_queries_and_keys_keeps_their_dtype(compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else attention would mix dtypes: values are not normalised."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    gain = torch.full((1,), 0.7, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = unit_rms(x, gain, 1e-5)
+    y.sum().backward()
+    assert (y.dtype, gain.grad.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(y.float(), F.rms_norm(x.float(), (8,), eps=1e-5) * 0.7, atol=0.02, rtol=0.02)
+
+
 def test_normalised_queries_and_keys_are_so_before_and_after_the_rotation() -> None:
     """A head's scores are the cosines of its queries and keys, times sqrt(D) and the gain's square."""
     from support.tiny_models import lively

@@ -30,7 +30,7 @@ def build(kind: str, **changes: Any) -> GPT:
     seed = changes.pop("seed", 1)
     if kind == "classic":
         return ClassicGPT(ClassicConfig(**{**sizes, **changes}), seed).eval()
-    plain = {"tie_embeddings": True, "zero_init": False, "conv_kernel_size": 0}
+    plain = {"tie_embeddings": True, "zero_init": False, "conv_kernel_size": 0, "qk_norm": False, "attention_every": 1}
     modern = {"rope_theta": 100.0, "rms_norm_eps": 1e-5, "ffn_mult": 2.0, **plain, **EXPERTS[kind]}
     return ModernGPT(ModernConfig(**{**sizes, **modern, **changes}), seed).eval()
 
