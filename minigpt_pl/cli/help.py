@@ -18,7 +18,7 @@ from minigpt_pl.runtime.user_classes import is_own
 WIDTH, COLUMN = 110, 38
 TITLES = {
     "": "The run",
-    "model": "The model and its optimizer; --model.help ClassicLM lists those of another model",
+    "model": "The model and its optimizer; --model.help ModernLM lists all options, --model.help ClassicLM its own",
     "data": "The text, batches and evaluation; --data.help lists all options",
     "sample": "Prompts and sampling",
     "early_stopping": "Early stopping; --early_stopping null disables it",

@@ -45,7 +45,7 @@ def offset_of(data: bytes, tensor: torch.Tensor) -> int:
 def test_a_flipped_bit_of_weights_or_optimizer_states_is_noticed(run: Path) -> None:
     path = run / "last.ckpt"
     data, checkpoint = path.read_bytes(), read_checkpoint(path)
-    weights = checkpoint["state_dict"]["net.blocks.0.attention.qkv.weight"]
+    weights = checkpoint["state_dict"]["net.blocks.0.feed_forward.gate_up.weight"]
     moments = checkpoint["optimizer_states"][0]["state"]
     vectors = next(state for state in moments.values() if "exp_avg" in state)
     for tensor in (weights, moments[0]["momentum"], vectors["exp_avg"], vectors["exp_avg_sq"]):

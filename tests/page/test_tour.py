@@ -132,8 +132,8 @@ def wait_for_text(element: Any, text: str) -> None:
 
 
 def heads(tab: Any) -> list[list[int]]:
-    script = "() => minigpt.models[0].spec.blocks.map(() => Array(minigpt.models[0].spec.n_head).fill(0))"
-    return tab.evaluate(script)
+    with_attention = "minigpt.models[0].spec.blocks.filter((block) => block.norm_1)"
+    return tab.evaluate(f"() => {with_attention}.map(() => Array(minigpt.models[0].spec.n_head).fill(0))")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -19,7 +19,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
 }
 EXPERTS["recipes"] = {**EXPERTS["dense"], "tie_embeddings": False, "zero_init": True, "conv_kernel_size": 3}
 EXPERTS["qk_norm"] = {**EXPERTS["switch"], "qk_norm": True}
-EXPERTS["alternating"] = {**EXPERTS["recipes"], "attention_every": 2, "n_layer": 3}
+EXPERTS["alternating"] = {**EXPERTS["recipes"], "attention_every": 2}
 KINDS = ("classic", *EXPERTS)
 VOCAB = 19
 

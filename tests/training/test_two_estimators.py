@@ -18,7 +18,8 @@ MODES = {
     "full": (),
     "both": ("--data.eval_mode", "both", "--data.eval_iters", 1),
 }
-STEPS = ("--data.eval_every", 1, "--model.lr", 1, "--model.muon_lr", 1)  # the loss falls, then rises
+STEPS = ("--data.eval_every", 1, "--model.lr", 1, "--model.muon_lr", 1, "--model.qk_norm", "false")
+"""The loss falls, then rises."""
 
 
 @pytest.fixture(scope="module")
