@@ -229,8 +229,11 @@ class ModernGPT(GPT):
                 ShortConv(n_embd, config.conv_kernel_size) if config.conv_kernel_size and used else None
                 for used in (attends, True)
             )
-            attention = CausalSelfAttention(
-                n_embd, config.n_head, config.dropout, False, rope, eps if config.qk_norm else None
+            qk_norm_eps = eps if config.qk_norm else None
+            attention = (
+                CausalSelfAttention(n_embd, config.n_head, config.dropout, False, rope, qk_norm_eps)
+                if attends
+                else None
             )
             feed_forward = (
                 MoE(n_embd, hidden, config.n_experts, config.moe_top_k, config.moe_gate)
@@ -238,9 +241,7 @@ class ModernGPT(GPT):
                 else SwiGLU(n_embd, hidden)
             )
             norm_1, norm_2 = RMSNorm(n_embd, eps) if attends else None, RMSNorm(n_embd, eps)
-            self.blocks.append(
-                Block(norm_1, attention if attends else None, norm_2, feed_forward, config.dropout, conv_1, conv_2)
-            )
+            self.blocks.append(Block(norm_1, attention, norm_2, feed_forward, config.dropout, conv_1, conv_2))
         self.norm = RMSNorm(n_embd, eps)
         self.head = nn.Linear(n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:

@@ -137,8 +137,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
     The method is Polar Express (Amsel et al., arXiv 2505.16932): X <- P X with P = a + b XX' + c (XX')^2, and the best
     coefficients for each iteration. All P commute, so they and XX' are multiplied as matrices of the shorter side
-    squared, and X is multiplied once, at the end. With such a close bound of the largest value, which (XX')^2 gives
-    for nothing, three iterations suffice.
+    squared, and X is multiplied once, at the end. (XX')^2, which is needed anyway, also bounds the largest value so
+    closely that three iterations suffice.
     """
     x = matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
     gram = x @ x.mT
@@ -148,11 +148,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     bound = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).sqrt_().clamp_(min=1e-6) * 1.001  # (..., 1, 1)
     gram, square = gram / bound, square / bound.square()
     product: Tensor | None = None
-    for remaining, (a, b, c) in zip(reversed(range(3)), ORTHOGONALIZING_POLYNOMIALS, strict=True):
+    for i, (a, b, c) in enumerate(ORTHOGONALIZING_POLYNOMIALS, start=1):
         factor = b * gram + c * square
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         product = factor if product is None else factor @ product
-        if remaining:
+        if i < len(ORTHOGONALIZING_POLYNOMIALS):
             gram = factor @ gram @ factor
             square = gram @ gram
     assert product is not None
