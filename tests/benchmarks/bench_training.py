@@ -34,9 +34,11 @@ def reference(n_experts: int) -> ReferenceModel:
     return ReferenceModel(VOCAB, 192, 4, 4, 128, 0.24, n_experts)
 
 
-def stepper(model: Any, loss_of: Callable[[Any, Tensor, Tensor], Tensor], batch: int, block: int) -> Callable[[], None]:
-    """One whole update on random tokens: forward, backward, clipping, AdamW."""
-    optimizer = build_optimizer(model, ADAMW)
+def stepper(
+    model: Any, loss_of: Callable[[Any, Tensor, Tensor], Tensor], batch: int, block: int, optim: OptimizerConfig = ADAMW
+) -> Callable[[], None]:
+    """One whole update on random tokens: forward, backward, clipping, optimizer."""
+    optimizer = build_optimizer(model, optim)
     ids = torch.randint(VOCAB, (batch, block + 1))
 
     def step() -> None:
