@@ -4,10 +4,11 @@
 learning curves of all runs, and `token_nll.npz` the losses of the single tokens. Runs are executed in `runner`; what
 the results say is computed in `analysis`.
 
-The token losses would be nearly all of the bytes. Only their sum over the seeds of a variant is stored, in float32:
-a report needs means over seeds of each character and each position, it prints four digits where the sum has seven, and
-the losses of one more seed can be added to a sum. The one number that needs the losses of a single seed, the standard
-deviation over its windows, stands in the summary of the run (`window_sd`).
+The token losses would be nearly all of the bytes. Only their sum over the seeds of a variant is stored, since a report
+needs means over seeds of each character and each position, and the losses of one more seed can be added to a sum. They
+are rounded, so that the file compresses well: a report prints four digits of means over thousands of tokens. The one
+number that needs the losses of a single seed, the standard deviation over its windows, stands in the summary of the run
+(`window_sd`).
 """
 
 import csv
@@ -36,6 +37,7 @@ from minigpt_pl.training.lit_modules import from_checkpoint
 
 RUNS_FILE, TOKEN_NLL_FILE = "runs.jsonl", "token_nll.npz"
 MAX_SCORED_TOKENS = 60_000  # a larger validation split is scored in evenly spaced windows
+NATS_STEP = 1 / 1024  # stored token losses are multiples of it: their sums over seeds are exact
 MAX_STORED_EVALS = 200
 LOGGERS = ("wandb", "tensorboard")  # options that do not make a run another one
 SAMPLING = SamplingConfig(max_new_tokens=300, temperature=0.8)
@@ -261,6 +263,7 @@ def add_result(folder: Path, result: Result, nll: TokenNLL) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # another study command may write here too
         losses = read_token_nll(folder)
+        nll = replace(nll, total=np.round(nll.total / NATS_STEP) * np.float32(NATS_STEP))
         losses[result.name] = losses[result.name] + nll if result.name in losses else nll
         write_files(folder, [*(one for one in read_results(folder) if str(one) != str(result)), result], losses)
 

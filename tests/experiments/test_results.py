@@ -12,6 +12,7 @@ from minigpt_pl.experiments.results import (
     add_result,
     measure,
     read_results,
+    read_token_nll,
     run_differences,
     strip_paths,
 )
@@ -94,6 +95,16 @@ def test_a_run_with_both_estimators_keeps_both(tmp_path: Path) -> None:
     losses = [float(row["val/full_loss"]) for row in rows_of(run) if row["split"] == "val"]
     assert stored.metrics("val")["val/full_loss"] == pytest.approx(losses, rel=1e-5)
     assert stored.summary["best_full_val"] == min(losses)
+
+
+def test_stored_losses_of_tokens_are_exact_sums_of_rounded_ones(tmp_path: Path) -> None:
+    losses = np.random.default_rng(1).gamma(2, 1, (2, 500)).astype(np.float32)
+    for seed, nats in enumerate(losses):
+        nll = TokenNLL(nats, np.array([seed]), np.ones(500, np.uint8), np.zeros(4, np.int32), 128)
+        add_result(tmp_path, Result("a", seed, "", "", {}, {}, "", []), nll)
+    stored = read_token_nll(tmp_path)["a"].total.astype(float)
+    assert np.array_equal(stored, sum(np.round(nats.astype(float) * 1024) / 1024 for nats in losses))
+    assert stored == pytest.approx(losses.sum(0), abs=1 / 1024)
 
 
 def test_losses_compare_if_the_same_estimator_has_chosen_them() -> None:
