@@ -163,10 +163,11 @@ def test_a_run_that_has_ended_leaves_its_results(directory: Path, minigpt: MiniG
         # its token losses are those of the best evaluation
         nll, best, per_character = losses[result.name], result.summary["best_val"], result.summary["best_nats_per_char"]
         assert nll.seeds.tolist() == [1337]
-        assert nll.total.mean() == pytest.approx(best, rel=1e-5)
-        assert nll.total.sum() / nll.lengths.sum() == pytest.approx(per_character, rel=1e-5)
-        assert np.nanmean(nll.by_character()) == pytest.approx(per_character, rel=1e-5)
-        assert nll.window_sd() == result.summary["window_sd"]
+        assert nll.total.dtype == np.float32
+        assert nll.total.mean() == pytest.approx(best, abs=results.NATS_STEP / 2)
+        assert nll.total.sum() / nll.lengths.sum() == pytest.approx(per_character, abs=results.NATS_STEP / 2)
+        assert np.nanmean(nll.by_character()) == pytest.approx(per_character, abs=results.NATS_STEP / 2)
+        assert nll.window_sd() == pytest.approx(result.summary["window_sd"], abs=results.NATS_STEP)
         assert result.metrics("val")["step"].tolist() == [10, 20]
         assert result.metrics("train")["step"].tolist() == [10, 20]
         assert result.metrics("val")["val/loss"].min() == pytest.approx(best, rel=1e-5)
