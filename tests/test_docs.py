@@ -294,12 +294,6 @@ def test_the_reports_value_is_compared_with_one_more_seed(mean: float, verdict: 
     assert (mean - low, high - mean) == pytest.approx((0.0497, 0.0497), abs=1e-4)
 
 
-def test_random_windows_read_the_ends_less_often() -> None:
-    """Windows of 3 among 5 targets: 0-2, 1-3, 2-4."""
-    assert report_table.window_weights(5, 3).tolist() == pytest.approx([1 / 9, 2 / 9, 3 / 9, 2 / 9, 1 / 9])
-    assert report_table.window_weights(4, 3).tolist() == pytest.approx([1 / 6, 2 / 6, 2 / 6, 1 / 6])
-
-
 def test_a_run_is_drawn_beside_the_baselines_of_its_text(trained: Path, tmp_path: Path) -> None:
     learning_curve.draw(trained / "run", tmp_path / "curve.svg")
     summary = json.loads((trained / "run" / "summary.json").read_text("utf-8"))

@@ -87,20 +87,6 @@ COLUMNS: Columns = {
 }
 
 
-def window_weights(count: int, window: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """How often random windows read each of `count` targets, as shares (count,): those near both ends less often."""
-    position = np.arange(count)
-    times = np.minimum.reduce([position + 1, count - position, np.full(count, min(window, count - window + 1))])
-    return times / times.sum()
-
-
-def expected_estimate(row: Row) -> float:
-    """What an estimate from random windows is in the mean, for the weights of the best evaluation."""
-    assert row.ours
-    nll = row.ours.token_nll
-    return float(nll.mean @ window_weights(len(nll.mean), nll.window))
-
-
 def over_text(row: Row) -> str:
     """The exact loss's interval for another text of this kind, over the windows of this one."""
     assert row.ours
@@ -113,7 +99,6 @@ ESTIMATORS: Columns = {
     "run": lambda row: row.run,
     "exact": lambda row: mean(row, "full_val_at_best"),
     "over text": over_text,
-    "expected of an estimate": lambda row: f"{expected_estimate(row):.4f}",
     "SD of an estimate": lambda row: f"{row.ours.sampling_error * row.ours.token_nll.chars_per_token:.4f}",
     "lowest estimate": lambda row: mean(row, "best_val"),
 }
