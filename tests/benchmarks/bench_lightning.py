@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from benchmarks.measuring import Report
 from torch import nn
 
@@ -23,13 +24,14 @@ pytestmark = pytest.mark.bench
 WARMUP = 5
 
 
-def default_modules(**sizes: int) -> tuple[ModernLM, TextDataModule]:
+def default_modules(**sizes: Any) -> tuple[ModernLM, TextDataModule]:
     torch.manual_seed(1337)
     data = TextDataModule(
         path="data/input.txt", block_size=sizes.get("block_size", 256), batch_size=sizes.pop("batch_size", 8),
         eval_every=10**9, seed=1337,
     )  # fmt: skip
-    return ModernLM(vocab_size=data.vocab_size, lr=6e-3, dropout=0.2, weight_decay=0.1, **sizes), data
+    options = {"lr": 6e-3, "dropout": 0.2, "weight_decay": 0.1} | sizes
+    return ModernLM(vocab_size=data.vocab_size, **options), data
 
 
 def train_loader(data: TextDataModule, steps: int) -> torch.utils.data.DataLoader[Any]:
@@ -37,7 +39,7 @@ def train_loader(data: TextDataModule, steps: int) -> torch.utils.data.DataLoade
     return torch.utils.data.DataLoader(batches, batch_size=None, sampler=StepSampler(steps, lambda: 0))
 
 
-def bare_loop(steps: int, **sizes: int) -> float:
+def bare_loop(steps: int, **sizes: Any) -> float:
     """Seconds per step of the same batches, model, clipping, schedule and optimizer, and nothing else."""
     model, data = default_modules(**sizes)
     optimizer = build_optimizer(model.net, model.config)
@@ -99,10 +101,10 @@ def plain_trainer(steps: int, **sizes: int) -> float:
 def full_fit(steps: int, run_dir: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> float:
     """Seconds per step of `fit` with progress bar, W&B, metrics.csv and checkpoints."""
     timer, callbacks = StepTimer(), FitRunner.callbacks
-    args = ["fit", "--run_dir", str(run_dir), "--trainer.max_steps", str(steps), "--data.eval_every", str(10**6)]
+    args = ["--run_dir", str(run_dir), "--trainer.max_steps", str(steps), "--data.eval_every", str(10**6)]
     with monkeypatch.context() as patch:
-        patch.setattr(FitRunner, "callbacks", lambda self: [*callbacks(self), timer])
-        assert main([*args, "--samples", "null", "--trainer.accelerator", "cpu", *options]) == 0
+        patch.setattr(FitRunner, "callbacks", lambda self, others: [*callbacks(self, others), timer])
+        assert main(["fit", *options, *args, "--samples", "null", "--trainer.accelerator", "cpu"]) == 0
     return timer.seconds
 
 
@@ -112,6 +114,17 @@ def test_default_configuration(report: Report, tmp_path: Path, monkeypatch: pyte
         seconds["bare loop"].append(bare_loop(80))
         seconds["fit, everything on"].append(full_fit(80, tmp_path / str(turn), monkeypatch))
     report.add("a step of the default configuration", "s", seconds)
+
+
+def test_recipe_for_a_laptop(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = yaml.safe_load(Path("configs/recipes/laptop.yaml").read_text())
+    sizes = {**recipe["model"]["init_args"], "batch_size": recipe["data"]["batch_size"]}
+    seconds: dict[str, list[float]] = {"fit, everything on": [], "bare loop": []}
+    for turn in range(8):
+        seconds["bare loop"].append(bare_loop(80, **sizes))
+        run_dir = tmp_path / str(turn)
+        seconds["fit, everything on"].append(full_fit(80, run_dir, monkeypatch, "-c", "recipes/laptop"))
+    report.add("a step of the recipe for a laptop", "s", seconds)
 
 
 def test_tiny_model(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
