@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # Names that are not used below are what the sources of the others use.
 from minigpt_pl.models.attention import apply_rotary, rotary_cos_sin
-from minigpt_pl.models.blocks import MLP, SwiGLU, swiglu  # noqa: F401
+from minigpt_pl.models.blocks import MLP, SwiGLU
 from minigpt_pl.models.config import GELU, RouterGate  # noqa: F401
 from minigpt_pl.models.moe import (  # noqa: F401
     MoE,
@@ -162,8 +162,7 @@ class ShortConv(nn.Module):
         if context.is_token is not None:
             x = x * context.is_token
         seen = context.extend(self.entry, x[:, None], x[:, None, :, :0])[0][:, 0]  # (B, S, C)
-        padded = F.pad(seen, (0, 0, reach, 0))[:, -(reach + T) :]
-        return causal_depthwise_conv(padded, self.weight)
+        return causal_depthwise_conv(seen[:, -(reach + T) :], self.weight)[:, -T:]
 
 
 class Block(nn.Module):
@@ -191,6 +190,12 @@ class Block(nn.Module):
             y = self.conv_2(y, context)
         y = self.feed_forward(y)
         return x + (y[0] if isinstance(y, tuple) else y)  # with experts also their balance loss, which is not used
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of (..., 2 F), gate first -> (..., F), for SwiGLU and MoE."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 def norm(config: Any) -> nn.Module:

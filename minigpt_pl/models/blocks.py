@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from minigpt_pl.models.attention import KVCache
 from minigpt_pl.models.config import GELU
-from minigpt_pl.models.cpu_ops import CPURMSNorm, inverse_rms
+from minigpt_pl.models.cpu_ops import CPURMSNorm, CPUSwiGLU, inverse_rms, use_cpu_ops
 from minigpt_pl.models.dropout import Dropout
 
 
@@ -78,6 +78,8 @@ class SwiGLU(nn.Module):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of (..., 2 F), gate first -> (..., F)."""
+    if use_cpu_ops(gate_up) and torch.is_grad_enabled():
+        return CPUSwiGLU.apply(gate_up)
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 

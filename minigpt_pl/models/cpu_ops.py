@@ -7,6 +7,7 @@
 | `FusedRotaryQKV`      | `attention.apply_rotary` and a transpose       |
 | `CPURMSNorm`          | `torch.rms_norm`                               |
 | `CPUUnitRMS`          | `torch.rms_norm` without a weight              |
+| `CPUSwiGLU`           | the gradient of `blocks.swiglu`                |
 
 Shapes: B batch, T positions, C width, H heads, D = C // H, N = B * H.
 """
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def use_cpu_ops(x: Tensor) -> bool:
@@ -150,6 +152,27 @@ class CPUUnitRMS(torch.autograd.Function):
         factor = (scale * gain).type_as(x)
         dx = (dy * factor).addcmul_(x, factor * scale * mean, value=-1)
         return dx, mean.sum().mul_(x.size(-1)).view_as(gain).type_as(gain), None
+
+
+class CPUSwiGLU(torch.autograd.Function):
+    """silu(gate) * up of (..., 2 F), gate first; the gradients of both halves are written into one tensor, uncopied."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        activated = F.silu(gate)
+        ctx.save_for_backward(gate_up, activated)
+        return activated * up
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        gate_up, activated = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        dgate_up = torch.empty_like(gate_up)
+        dgate, dup = dgate_up.chunk(2, -1)
+        torch.mul(dy, activated, out=dup)
+        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+        return dgate_up
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minigpt_pl.models.attention import KVCache
 
 
-def causal_depthwise_conv(padded: Tensor, weight: Tensor) -> Tensor:
-    """x (B, T, C) plus a weighted sum of its last K positions, channel by channel.
+def causal_depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """x (B, T, C) plus a weighted sum of its last K positions, channel by channel; before the first one are zeros.
 
-    padded (B, K - 1 + T, C) begins with what came before x; row j of weight (K, C) is for j positions back.
+    Row j of weight (K, C) is for j positions back.
     """
-    reach = len(weight) - 1
-    y = padded[:, reach:] * (1 + weight[0])
+    y = x * (1 + weight[0])
     for back in range(1, len(weight)):
-        y.addcmul_(padded[:, reach - back : -back], weight[back])
+        y[:, back:].addcmul_(x[:, :-back], weight[back])
     return y
 
 
@@ -27,20 +27,19 @@ class CausalDepthwiseConv(torch.autograd.Function):
     """`causal_depthwise_conv` with a gradient in few passes over memory."""
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(padded, weight)
-        return causal_depthwise_conv(padded, weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return causal_depthwise_conv(x, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        padded, weight = ctx.saved_tensors
-        reach, dpadded, dweight = len(weight) - 1, torch.zeros_like(padded), torch.empty_like(weight)
-        dpadded[:, reach:] = dy
-        for back in range(len(weight)):
-            window = slice(reach - back, padded.size(1) - back)
-            dpadded[:, window].addcmul_(dy, weight[back])
-            dweight[back] = (dy * padded[:, window]).sum((0, 1))
-        return dpadded, dweight
+        x, weight = ctx.saved_tensors
+        dx, dweight = dy * (1 + weight[0]), torch.empty_like(weight)
+        dweight[0] = (dy * x).sum((0, 1))
+        for back in range(1, len(weight)):
+            dx[:, :-back].addcmul_(dy[:, back:], weight[back])
+            dweight[back] = (dy[:, back:] * x[:, :-back]).sum((0, 1))
+        return dx, dweight
 
 
 class ShortConv(nn.Module):
@@ -56,7 +55,6 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(kernel_size, n_embd))
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        padded = torch.cat([x.new_zeros(x.size(0), len(self.weight) - 1, x.size(2)), x], 1)
         if cache is not None:
-            cache.conv_state[self] = padded[:, x.size(1) :]  # (B, K - 1, C)
-        return CausalDepthwiseConv.apply(padded, self.weight)
+            cache.conv_state[self] = F.pad(x, (0, 0, len(self.weight) - 1, 0))[:, x.size(1) :]  # (B, K - 1, C)
+        return CausalDepthwiseConv.apply(x, self.weight)

@@ -95,31 +95,44 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def _muon_step(self, group: dict[str, Any]) -> None:
-        by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}  # one product for all matrices of a shape
+        by_shape: dict[torch.Size, list[Tensor]] = {}  # one product for all matrices of a shape
         for p in group["params"]:
             if p.grad is not None:
-                by_shape.setdefault(p.shape, []).append((p, p.grad))
-        for shape, matrices in by_shape.items():
-            states = [self.state[p] for p, _ in matrices]
-            for (p, _), state in zip(matrices, states, strict=True):
-                if not state:
-                    state["step"] = torch.zeros(())  # AdamW refuses to load a state without it
-                    state["momentum"], state["row_variance"] = torch.zeros_like(p), torch.zeros_like(p[..., :1])
-                p.grad = None
-            momenta = [state["momentum"] for state in states]
-            gradients: list[Tensor] = [gradient for _, gradient in matrices]
-            torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-            torch._foreach_lerp_(gradients, momenta, self.momentum)  # Nesterov
-            updates = orthogonalize(torch.stack(gradients))  # (matrices, ..., o, i)
-            row_means = updates.square().mean(-1, keepdim=True)  # (matrices, ..., o, 1)
-            torch._foreach_lerp_([state["row_variance"] for state in states], row_means.unbind(), 1 - self.beta2)
-            row_variances = torch.stack([state["row_variance"] for state in states]).clamp_(min=1e-16)
-            scaled_means = (row_means / row_variances).mean(-2, keepdim=True).clamp_(min=1e-14)
-            updates *= (row_means.mean(-2, keepdim=True) / scaled_means / row_variances).sqrt_()  # keeps their length
+                by_shape.setdefault(p.shape, []).append(p)
+        parameters = [p for alike in by_shape.values() for p in alike]
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros(())  # AdamW refuses to load a state without it
+                self.state[p]["momentum"] = torch.zeros_like(p)
+                self.state[p]["row_variance"] = torch.zeros_like(p[..., :1])
+        momenta: list[Tensor] = [self.state[p]["momentum"] for p in parameters]
+        gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+        torch._foreach_lerp_(gradients, momenta, self.momentum)  # Nesterov
+        stacks = [torch.stack([p.grad for p in alike if p.grad is not None]) for alike in by_shape.values()]
+        for p in parameters:
+            p.grad = None
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        for (shape, alike), updates in zip(by_shape.items(), orthogonalize(*stacks), strict=True):
+            row_variances = [self.state[p]["row_variance"] for p in alike]
+            updates *= even_rows(updates, row_variances, self.beta2)
             rate = group["lr"] * math.sqrt(max(1, shape[-2] / shape[-1]))
-            parameters: list[Tensor] = [p for p, _ in matrices]
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, updates.unbind(), alpha=-rate)
+            torch._foreach_add_(alike, updates.unbind(), alpha=-rate)
+
+
+def even_rows(updates: Tensor, row_variances: list[Tensor], beta2: float) -> Tensor:
+    """Factors (n, ..., o, 1) of the rows of updates (n, ..., o, i): NorMuon's, with which no matrix changes its length.
+
+    Args:
+        updates: Matrices of one shape.
+        row_variances: The running mean square of each matrix's rows, (..., o, 1) each; they are updated.
+        beta2: How much of them stays.
+    """
+    row_means = updates.square().mean(-1, keepdim=True)  # (n, ..., o, 1)
+    torch._foreach_lerp_(row_variances, row_means.unbind(), 1 - beta2)
+    variances = torch.stack(row_variances).clamp_(min=1e-16)
+    scaled_means = (row_means / variances).mean(-2, keepdim=True).clamp_(min=1e-14)
+    return (row_means.mean(-2, keepdim=True) / scaled_means / variances).sqrt_()
 
 
 ORTHOGONALIZING_POLYNOMIALS = (
@@ -130,34 +143,52 @@ ORTHOGONALIZING_POLYNOMIALS = (
 """Each maps x to a x + b x^3 + c x^5. In this order they bring all of [0.02, 1] nearer to 1 than any others can."""
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(*stacks: Tensor) -> list[Tensor]:
     """Matrices (..., o, i) with their singular vectors kept, and singular values between 0.9 and 1.1.
 
     Values below a fiftieth of (sum of their eighth powers)^(1/8), which is at least the largest, stay smaller.
 
     The method is Polar Express (Amsel et al., arXiv 2505.16932): X <- P X with P = a + b XX' + c (XX')^2, and the best
-    coefficients for each iteration. All P commute, so they and XX' are multiplied as matrices of the shorter side
-    squared, and X is multiplied once, at the end. (XX')^2, which is needed anyway, also bounds the largest value so
-    closely that three iterations suffice.
+    coefficients for each iteration. All P are polynomials in XX' and commute, so `inverse_root` multiplies only
+    matrices of the shorter side squared, those of all stacks at once, and X is multiplied once, at the end.
+
+    Args:
+        stacks: Matrices of one shape each.
     """
-    x = matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
-    gram = x @ x.mT
+    wide = [stack.mT if stack.size(-2) > stack.size(-1) else stack for stack in stacks]
+    roots: dict[int, Tensor] = {}
+    by_side: dict[int, list[int]] = {}
+    for i, x in enumerate(wide):
+        by_side.setdefault(x.size(-2), []).append(i)
+    for alike in by_side.values():
+        grams = [wide[i] @ wide[i].mT for i in alike]
+        together = inverse_root(torch.cat([gram.flatten(0, -3) if gram.dim() > 2 else gram[None] for gram in grams]))
+        parts = together.split([gram.shape[:-2].numel() for gram in grams])
+        roots |= {i: part.view_as(gram) for i, part, gram in zip(alike, parts, grams, strict=True)}
+    results = [roots[i] @ x for i, x in enumerate(wide)]
+    return [x.mT if stack.size(-2) > stack.size(-1) else x for stack, x in zip(stacks, results, strict=True)]
+
+
+def inverse_root(gram: Tensor) -> Tensor:
+    """Approximately (XX')^(-1/2) of each gram = XX' (n, s, s), which is overwritten; see `orthogonalize`.
+
+    gram^2, which is needed anyway, also bounds the largest singular value so closely that three iterations suffice.
+    """
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + 1e-30  # so that nothing below underflows
     gram /= trace
     square = gram @ gram
-    bound = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).sqrt_().clamp_(min=1e-6) * 1.001  # (..., 1, 1)
+    bound = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).sqrt_().clamp_(min=1e-6) * 1.001  # (n, 1, 1)
     gram, square = gram / bound, square / bound.square()
     product: Tensor | None = None
     for i, (a, b, c) in enumerate(ORTHOGONALIZING_POLYNOMIALS, start=1):
-        factor = b * gram + c * square
+        factor = torch.add(b * gram, square, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         product = factor if product is None else factor @ product
         if i < len(ORTHOGONALIZING_POLYNOMIALS):
             gram = factor @ gram @ factor
             square = gram @ gram
     assert product is not None
-    x = product * (bound * trace).rsqrt() @ x  # the root is at least the largest singular value
-    return x.mT if matrices.size(-2) > matrices.size(-1) else x
+    return product.mul_((bound * trace).rsqrt_())  # that root is at least the largest singular value
 
 
 class StepSchedule(LRScheduler):

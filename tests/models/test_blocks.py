@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from minigpt_pl.models import attention, dropout
 from minigpt_pl.models.attention import RotaryEmbedding, apply_rotary, attend, split_qkv_heads, unit_rms
-from minigpt_pl.models.blocks import MLP, SwiGLU
+from minigpt_pl.models.blocks import MLP, SwiGLU, swiglu
 from minigpt_pl.models.dropout import Dropout
 
 
@@ -182,6 +182,20 @@ def test_the_norm_of_the_modern_model_is_torchs_and_so_are_its_gradients() -> No
         results[1].append(results[1][0])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [8, 5])
+def test_the_gradient_of_swiglu_is_that_of_its_formula(hidden: int) -> None:
+    """On a CPU it has a way of its own where gradients are needed."""
+    gate_up, direction = torch.randn(3, 7, 2 * hidden), torch.randn(3, 7, hidden)
+    results = []
+    for formula in (swiglu, lambda x: x[..., :hidden] * x[..., :hidden].sigmoid() * x[..., hidden:]):
+        gate_up = gate_up.detach().clone().requires_grad_()
+        y = formula(gate_up)
+        y.backward(direction)
+        results.append([y.detach(), gate_up.grad])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
 def test_the_norm_of_queries_and_keys_is_torchs_and_so_are_its_gradients() -> None:

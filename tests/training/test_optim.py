@@ -109,7 +109,7 @@ def test_later_steps_have_torchs_default_betas() -> None:
 def test_orthogonal_keeps_the_singular_vectors_and_brings_the_values_near_1(shape: tuple[int, ...]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    got = orthogonalize(matrix)
+    [got] = orthogonalize(matrix)
     in_its_frame = u.mT @ got @ vh.mT
     values = in_its_frame.diagonal(dim1=-2, dim2=-1)
     assert (in_its_frame - torch.diag_embed(values)).abs().max() < 1e-3
@@ -123,10 +123,17 @@ def test_orthogonal_matrices_are_finite_and_of_the_same_size_for_gradients_of_an
     """The gradients of a new model are 0 behind outputs that start at 0, and tiny a step later."""
     generator = torch.Generator().manual_seed(0)
     factors = torch.randn(16, rank, generator=generator), torch.randn(rank, 8, generator=generator)
-    got = orthogonalize(factors[0] @ factors[1] * size)
+    [got] = orthogonalize(factors[0] @ factors[1] * size)
     assert got.isfinite().all()
     if size > 1e-18:
-        torch.testing.assert_close(got, orthogonalize(factors[0] @ factors[1]), atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(got, orthogonalize(factors[0] @ factors[1])[0], atol=2e-3, rtol=1e-3)
+
+
+def test_stacks_of_any_shapes_are_orthogonalised_together_as_alone() -> None:
+    shapes = [(2, 12, 6), (6, 9), (3, 2, 5, 6), (1, 5, 8), (4, 6, 6)]  # shorter sides 6, 6, 5, 5, 6
+    stacks = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    for together, stack in zip(orthogonalize(*stacks), stacks, strict=True):
+        torch.testing.assert_close(together, orthogonalize(stack)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_the_polynomials_are_the_best_of_their_kind() -> None:
