@@ -99,7 +99,8 @@ ESTIMATORS: Columns = {
     "run": lambda row: row.run,
     "exact": lambda row: mean(row, "full_val_at_best"),
     "over text": over_text,
-    "SD of an estimate": lambda row: f"{row.ours.sampling_error * row.ours.token_nll.chars_per_token:.4f}",
+    "estimates, mean": lambda row: mean(row, "expected_estimate"),
+    "their SD": lambda row: f"{row.ours.sampling_error * row.ours.token_nll.chars_per_token:.4f}",
     "lowest estimate": lambda row: mean(row, "best_val"),
 }
 

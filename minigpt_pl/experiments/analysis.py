@@ -48,6 +48,10 @@ class VariantResults:
         """The mean over seeds of a number in the summaries."""
         return float(np.mean([result.summary[name] for result in self.results]))
 
+    def has(self, name: str) -> bool:
+        """Whether that number is in all summaries; older results lack some."""
+        return all(name in result.summary for result in self.results)
+
     @cached_property
     def sizes(self) -> dict[str, float]:
         """Parameters and training budget, means over seeds; a token has the mean length of validation tokens."""

@@ -49,8 +49,9 @@ MEASURED = {
 ESTIMATORS = """
 ## Two estimators
 
-Nats per token, means over seeds. `sampled`: the lowest of a run's estimates, as in the reference report; `exact there`:
-the same weights on the whole validation split; `exact`: the lowest exact loss of a run, at its own step.
+Nats per token, means over seeds. `sampled`: the lowest of a run's estimates, as in the reference report; `expected`:
+what an estimate of the same weights is on average, so the difference is luck; `exact there`: the same weights on the
+whole validation split; `exact`: the lowest exact loss of a run, at its own step.
 """
 DIFFERENCES = """
 ## Differences
@@ -78,6 +79,9 @@ VARIANTS: Columns = {
 BOTH: Columns = {
     "run": lambda group: f"`{group.name}`",
     "sampled": lambda group: f"{group.summary_mean('best_val'):.4f}",
+    "expected": lambda group: (
+        f"{group.summary_mean('expected_estimate'):.4f}" if group.has("expected_estimate") else ""
+    ),
     "exact there": lambda group: f"{group.summary_mean('full_val_at_best'):.4f}",
     "step": lambda group: f"{group.summary_mean('best_step'):.0f}",
     "exact": lambda group: f"{group.summary_mean('best_full_val'):.4f}",
@@ -160,7 +164,7 @@ def render_report(study: StudyAnalysis, plots: Iterable[str]) -> str:
         return "; ".join(sorted({str(get(result)) for result in results}))
 
     modes = {"full" if result.config["data"]["eval_mode"] == "full" else "sampled" for result in results}
-    both = [group for group in study.ranked() if all("best_full_val" in one.summary for one in group.results)]
+    both = [group for group in study.ranked() if group.has("best_full_val")]
     missing = [f"`{name}`" for name in study.study.variants if name not in study.groups]
     lines = [
         f"# {name}\n",

@@ -39,6 +39,7 @@ RUNS_FILE, TOKEN_NLL_FILE = "runs.jsonl", "token_nll.npz"
 MAX_SCORED_TOKENS = 60_000  # a larger validation split is scored in evenly spaced windows
 NATS_STEP = 1 / 1024  # stored token losses are multiples of it: their sums over seeds are exact
 MAX_STORED_EVALS = 200
+MAX_RANDOM_WINDOWS = 4096  # of a split with more of them, that many are read for `expected_estimate`, evenly spaced
 LOGGERS = ("wandb", "tensorboard")  # options that do not make a run another one
 SAMPLING = SamplingConfig(max_new_tokens=300, temperature=0.8)
 
@@ -175,6 +176,8 @@ def measure(run_dir: Path, name: str, seed: int, command: str, machine: str) -> 
     config = json.loads(strip_paths(json.dumps(summary.pop("config"))))
     nll = score(net, data, seed)
     summary |= {"flops_per_token": net.flops_per_token(), "window_sd": nll.window_sd()}
+    if data.config.eval_mode != "full":
+        summary["expected_estimate"] = expected_estimate(net, data)
     tokens = [token for (token,) in generate(net, data.tokenizer.encode_prompt(""), SAMPLING)]
     sample, rows = data.tokenizer.decode(tokens), subsample_metrics((run_dir / METRICS_FILE).read_text("utf-8"))
     return Result(name, seed, strip_paths(command), machine, config, summary, sample, rows), nll
@@ -205,6 +208,17 @@ def score(net: GPT, data: TextDataModule, seed: int) -> TokenNLL:
     starts = ends[batches.starts].astype(np.int32)
     compact = tokens.astype(np.min_scalar_type(tokens.max()))
     return TokenNLL(np.concatenate(nats), np.array([seed]), compact, starts, data.config.block_size)
+
+
+@torch.inference_mode()
+def expected_estimate(net: GPT, data: TextDataModule) -> float:
+    """Nats per token that a sampled evaluation of the validation split gives on average: of all its windows."""
+    windows, size = data.eval_dataset("val"), data.config.block_size
+    choices = windows.segments.choices(size)
+    count = min(choices, MAX_RANDOM_WINDOWS)
+    windows = replace(windows, starts=windows.segments.window_starts(size, np.arange(count) * choices // count))
+    batches = (windows[i] for i in range(len(windows)))
+    return sum(token_cross_entropy(net(x)[0], y).double().sum().item() for x, y, _ in batches) / (count * size)
 
 
 def subsample_metrics(metrics: str) -> list[dict[str, str]]:

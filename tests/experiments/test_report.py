@@ -295,6 +295,7 @@ def test_both_estimators_of_a_run_stand_side_by_side(tmp_path: Path) -> None:
             both,
             best_val=1.0,
             full_val_at_best=1.2 + seed,
+            expected_estimate=1.01 + seed,
             best_full_val=1.1,
             best_full_step=90,
         )
@@ -304,7 +305,10 @@ def test_both_estimators_of_a_run_stand_side_by_side(tmp_path: Path) -> None:
     names = {"runs": dict.fromkeys("ab", ""), "comparisons": ["a - b"]}
     text = render_report(StudyAnalysis(make_study(tmp_path / "one", runs, **names)), [])
     table = text[text.index("## Two estimators") : text.index("## Differences")].strip().splitlines()
-    assert table[-1] == "| `a` | 1.0000 | 2.2000 | 200 | 1.1000 | 90 |", "and no row of b"
+    assert table[-1] == "| `a` | 1.0000 | 2.0100 | 2.2000 | 200 | 1.1000 | 90 |", "and no row of b"
+    del runs[0][0].summary["expected_estimate"]
+    text_of_older = render_report(StudyAnalysis(make_study(tmp_path / "older", runs, **names)), [])
+    assert "| `a` | 1.0000 |  | 2.2000 |" in text_of_older
     assert "character estimated from `eval_iters` random batches of the validation split at the best" in text
     assert "-0.2433" in text[text.index("## Differences") :], "the same estimator chose both"
     runs = [*runs[:3], *(result_of("b", seed, 1.25 + seed / 100) for seed in range(3))]

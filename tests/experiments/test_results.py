@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support.runs import rows_of, summary, train_small
 
 from minigpt_pl.experiments.results import (
     Result,
     TokenNLL,
     add_result,
+    load_best,
     measure,
     read_results,
     read_token_nll,
@@ -17,6 +19,7 @@ from minigpt_pl.experiments.results import (
     strip_paths,
 )
 from minigpt_pl.experiments.spec import resolve_config
+from minigpt_pl.models.gpt import token_cross_entropy
 
 
 def test_loss_by_position_and_by_character_are_of_the_right_tokens() -> None:
@@ -90,11 +93,23 @@ def test_a_run_with_both_estimators_keeps_both(tmp_path: Path) -> None:
     (stored,) = read_results(tmp_path / "out")
     assert stored.summary | {"config": 0} == summary(run) | {
         "config": 0, "window_sd": nll.window_sd(), "flops_per_token": stored.summary["flops_per_token"],
+        "expected_estimate": stored.summary["expected_estimate"],
     }  # fmt: skip
     assert nll.mean.mean() == pytest.approx(stored.summary["full_val_at_best"], rel=1e-5)
     losses = [float(row["val/full_loss"]) for row in rows_of(run) if row["split"] == "val"]
     assert stored.metrics("val")["val/full_loss"] == pytest.approx(losses, rel=1e-5)
     assert stored.summary["best_full_val"] == min(losses)
+
+
+def test_the_expected_estimate_is_the_mean_over_every_window(tmp_path: Path) -> None:
+    run = train_small(tmp_path, "--data.eval_mode", "sampled", "--data.eval_iters", 1)
+    net, data = load_best(run)
+    expected = measure(run, "a", 1337, "", "")[0].summary["expected_estimate"]
+    text, T = torch.from_numpy(data.tokens("val").astype("int64")), data.config.block_size
+    with torch.inference_mode():
+        windows = text.unfold(0, T + 1, 1)
+        by_window = token_cross_entropy(net(windows[:, :-1])[0], windows[:, 1:]).mean(1)
+    assert expected == pytest.approx(by_window.mean().item(), rel=1e-5)
 
 
 def test_stored_losses_of_tokens_are_exact_sums_of_rounded_ones(tmp_path: Path) -> None:
