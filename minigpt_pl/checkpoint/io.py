@@ -166,18 +166,19 @@ def read_checkpoint(path: Any) -> dict[str, Any]:
     if not complete:
         raise error("the file is damaged: its weights or optimizer states differ from their digest")
     if isinstance(checkpoint["config"], dict):
-        add_newer_options(checkpoint["config"])
+        checkpoint["config"] = with_newer_options(checkpoint["config"])
     return checkpoint
 
 
-def add_newer_options(config: dict[str, Any]) -> None:
-    """Gives a stored configuration of a ModernLM the options that are newer than it, as its model was trained.
+def with_newer_options(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration, for a ModernLM with the options that are newer than it, as its model was trained.
 
     Their defaults are others, with which the model would not have the stored weights.
     """
     args = model.get("init_args") if isinstance(model := config.get("model"), dict) else None
-    if isinstance(args, dict) and "conv_kernel_size" in args:
-        config["model"]["init_args"] = {"qk_norm": False, "attention_every": 1} | args
+    if not isinstance(args, dict) or "conv_kernel_size" not in args:
+        return config
+    return config | {"model": config["model"] | {"init_args": {"qk_norm": False, "attention_every": 1} | args}}
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

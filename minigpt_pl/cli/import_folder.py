@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from minigpt_pl.checkpoint.io import AtomicCheckpointIO, add_newer_options
+from minigpt_pl.checkpoint.io import AtomicCheckpointIO, with_newer_options
 from minigpt_pl.cli.classes import named_class
 from minigpt_pl.cli.export import layout_of
 from minigpt_pl.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, max_line_of
@@ -48,8 +48,7 @@ def import_folder(folder: Path, out: Path) -> None:
         raise error(f"{name} cannot be read ({getattr(cause, 'strerror', None) or cause})") from None
     if "minigpt" not in config:
         raise error("minigpt export did not write it: its config.json has no entry minigpt")
-    origin = config["minigpt"]
-    add_newer_options(origin)
+    origin = with_newer_options(config["minigpt"])
     tokenizer = read_tokenizer(tokenizer_json, origin["data"]["tokenizer"])
     if tokenizer.sha256 != origin["tokenizer_sha256"]:
         raise error("its tokenizer.json is not the exported one")

@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from minigpt_pl.checkpoint.io import BEST_CKPT, read_checkpoint
+from minigpt_pl.checkpoint.io import BEST_CKPT, read_checkpoint, with_newer_options
 from minigpt_pl.cli.options import config_diff, option_name
 from minigpt_pl.data.datamodule import TextDataModule, datamodule_of
 from minigpt_pl.generation.generate import SamplingConfig, generate
@@ -241,7 +241,7 @@ def strip_paths(text: str) -> str:
 
 def run_differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """The options that make two configurations different runs, a line each; loggers and the text's path do not."""
-    for full_name, old, new in config_diff(before, now):
+    for full_name, old, new in config_diff(with_newer_options(before), now):
         name = option_name(full_name)
         if not (name == "data.path" or name.startswith(LOGGERS)):
             yield f"{name}: {old} -> {new}"

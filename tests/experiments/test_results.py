@@ -56,6 +56,19 @@ def test_a_new_option_does_not_make_old_results_another_run() -> None:
     ]
 
 
+def test_older_results_are_of_the_model_as_it_then_was() -> None:
+    before = resolve_config([])
+    for name in ("qk_norm", "attention_every"):
+        del before["model"]["init_args"][name]
+    same = ["--model.qk_norm", "false", "--model.attention_every", "1"]
+    assert list(run_differences(before, resolve_config(same))) == []
+    assert list(run_differences(before, resolve_config([]))) == [
+        "model.qk_norm: False -> True",
+        "model.attention_every: 1 -> 4",
+    ]
+    assert "qk_norm" not in before["model"]["init_args"], "results stay as they are"
+
+
 def test_losses_on_splits_by_other_tokens_are_not_compared() -> None:
     def protocols(*args: str, tokenizer: str = "t", older: bool = False) -> tuple[object, object]:
         config = resolve_config(list(args))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT
 
+from minigpt_pl.experiments.results import read_results, run_differences
 from minigpt_pl.experiments.spec import find_study, read_study, resolve_config
 from minigpt_pl.runtime.errors import UserError
 
@@ -17,9 +18,11 @@ def test_a_name_can_be_that_of_a_shipped_study() -> None:
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("path", sorted(PROJECT.glob("configs/studies/*.yaml")), ids=lambda path: path.stem)
-def test_a_shipped_study_can_be_run(path: Path) -> None:
+def test_a_shipped_study_can_be_run_and_its_stored_results_are_of_the_same_runs(path: Path) -> None:
     study = read_study(path)
-    for variant in study.variants.values():
-        resolve_config(variant.args)
+    configs = {name: resolve_config(variant.args) for name, variant in study.variants.items()}
+    for result in read_results(PROJECT / "docs/results" / path.stem):
+        now = configs[result.name] | {"seed_everything": result.seed}
+        assert not [*run_differences(result.config, now)], f"{result}: more seeds could not be added"
     assert study.comparisons
     assert study.content["description"]
