@@ -100,6 +100,8 @@ class Muon(torch.optim.AdamW):
             if p.grad is not None:
                 by_shape.setdefault(p.shape, []).append(p)
         parameters = [p for alike in by_shape.values() for p in alike]
+        if not parameters:  # as in a model of the user that has no such matrices
+            return
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["step"] = torch.zeros(())  # AdamW refuses to load a state without it

@@ -194,6 +194,16 @@ def test_muon_treats_each_expert_as_a_matrix_of_its_own() -> None:
     torch.testing.assert_close(stack, torch.stack(alone), atol=1e-6, rtol=1e-5)
 
 
+def test_muon_leaves_matrices_without_a_gradient_alone() -> None:
+    still, moving = (torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+    optimizer = Muon([{"params": [still], "use_muon": True}, {"params": [moving], "use_muon": False}], lr=0.1)
+    moving.grad = torch.ones(3, 2)
+    optimizer.step()
+    assert torch.equal(still, torch.ones(3, 2))
+    assert not torch.equal(moving, torch.ones(3, 2))
+    assert still not in optimizer.state
+
+
 @pytest.mark.parametrize(
     ("kind", "feed_forward"),
     [("classic", ("up.weight", "down.weight")), ("recipes", ("gate_up.weight", "down.weight")), ("switch", EXPERTS)],
