@@ -158,15 +158,13 @@ def orthogonalize(*stacks: Tensor) -> list[Tensor]:
         stacks: Matrices of one shape each.
     """
     wide = [stack.mT if stack.size(-2) > stack.size(-1) else stack for stack in stacks]
+    grams = [x @ x.mT for x in wide]
     roots: dict[int, Tensor] = {}
-    by_side: dict[int, list[int]] = {}
-    for i, x in enumerate(wide):
-        by_side.setdefault(x.size(-2), []).append(i)
-    for alike in by_side.values():
-        grams = [wide[i] @ wide[i].mT for i in alike]
-        together = inverse_root(torch.cat([gram.flatten(0, -3) if gram.dim() > 2 else gram[None] for gram in grams]))
-        parts = together.split([gram.shape[:-2].numel() for gram in grams])
-        roots |= {i: part.view_as(gram) for i, part, gram in zip(alike, parts, grams, strict=True)}
+    for side in {x.size(-2) for x in wide}:
+        alike = [i for i, x in enumerate(wide) if x.size(-2) == side]
+        flat = [grams[i].reshape(-1, side, side) for i in alike]
+        parts = inverse_root(torch.cat(flat)).split([len(part) for part in flat])
+        roots |= {i: part.view_as(grams[i]) for i, part in zip(alike, parts, strict=True)}
     results = [roots[i] @ x for i, x in enumerate(wide)]
     return [x.mT if stack.size(-2) > stack.size(-1) else x for stack, x in zip(stacks, results, strict=True)]
 
