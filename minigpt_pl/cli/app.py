@@ -34,11 +34,12 @@ from minigpt_pl.runtime.errors import UserError, rank_zero_print
 from minigpt_pl.runtime.memory import keep_freed_memory
 from minigpt_pl.runtime.output import report_of_finished_work
 from minigpt_pl.runtime.quiet import silence_libraries
-from minigpt_pl.runtime.ranges import OpenUnitInterval, Seed
+from minigpt_pl.runtime.ranges import Seed
 from minigpt_pl.runtime.user_classes import import_path
 from minigpt_pl.training import sampling
 from minigpt_pl.training.checkpointing import CheckpointConfig
 from minigpt_pl.training.compiling import check_compiler
+from minigpt_pl.training.distillation import read_teachers
 from minigpt_pl.training.fit import FitRunner, as_list
 from minigpt_pl.training.lit_modules import MODELS, LanguageModel, ModernLM
 from minigpt_pl.training.loggers import WandbConfig
@@ -143,12 +144,11 @@ class MiniGPTCLI(LightningCLI):
         parser.link_arguments("seed_everything", f"{self.data_group}.seed")
         if self.fits:
             parser.add_class_arguments(CheckpointConfig, "checkpoint")
-            parser.add_argument("--init_from", type=str, default="")
-            parser.add_argument("--ema_decay", type=OpenUnitInterval | None, default=None)
+            for name, spec in options.FIT_SPECS.items():
+                parser.add_argument(f"--{name}", type=spec.type, default=spec.default)
             parser.add_argument("--early_stopping", type=ValLossEarlyStopping | None)
             parser.add_argument("--samples", type=sampling.SampleCallback | None, default=None)
             parser.add_argument("--wandb", type=WandbConfig | None, default=WandbConfig())
-            parser.add_argument("--tensorboard", type=bool, default=False)
         if self.command == "predict":
             parser.add_class_arguments(PredictConfig, "sample")
 
@@ -249,6 +249,7 @@ class MiniGPTCLI(LightningCLI):
         if self.fits:
             init.ckpt_path = str(self.ckpt_path) if self.checkpoint else None
             self.notes += self.initial.copy_into(self.model, self.datamodule)
+            read_teachers(self.trainer, self.model, self.datamodule)
             return
         self.model.load_state_dict(self.checkpoint["state_dict"])
         if self.command == "test" and self.datamodule.config.test_frac == 0:

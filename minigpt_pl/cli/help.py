@@ -36,7 +36,7 @@ RARE = {
 """Options that only the help of their group lists."""
 METAVARS = {
     "config": "FILE", "run_dir": "DIR", "ckpt_path": "FILE", "init_from": "FILE", "model": "CLASS", "print_config": "",
-    "wandb.tags": "A,B",
+    "teachers": "DIR", "wandb.tags": "A,B",
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer
 from minigpt_pl.cli.classes import config_classes
 from minigpt_pl.cli.prompts import PredictConfig
 from minigpt_pl.data.datamodule import TextDataModule
-from minigpt_pl.runtime.ranges import OpenUnitInterval, PositiveFloat, PositiveInt, Seed
+from minigpt_pl.runtime.ranges import OpenUnitInterval, PositiveFloat, PositiveInt, Probability, Seed
 from minigpt_pl.runtime.user_classes import own_arguments
 from minigpt_pl.training.checkpointing import CheckpointConfig
 from minigpt_pl.training.lit_modules import AblationLM, ClassicLM, ModernLM
@@ -71,7 +71,10 @@ FIT_ONLY = {
     "val_check_interval", "check_val_every_n_epoch", "max_epochs", "enable_model_summary", "logger",
 }  # fmt: skip
 """Trainer options that only `fit` has."""
-FIT_GROUPS = {"early_stopping", "checkpoint", "samples", "wandb", "tensorboard", "init_from", "ema_decay"}
+FIT_GROUPS = {
+    "early_stopping", "checkpoint", "samples", "wandb", "tensorboard", "init_from", "ema_decay", "teachers",
+    "teacher_weight",
+}  # fmt: skip
 SECTIONS = ("fit", "validate", "test", "predict")
 
 
@@ -92,6 +95,8 @@ FIT_SPECS = {
     "ema_decay": OptionSpec(
         OpenUnitInterval | None, None, "Decay of averaged weights, which are evaluated; null for none."
     ),
+    "teachers": OptionSpec(str | list[str], "", "Run directories or checkpoints that the model learns from too."),
+    "teacher_weight": OptionSpec(Probability, 0.5, "Share of the teachers in the loss."),
     "tensorboard": OptionSpec(bool, False, "Write metrics and samples for TensorBoard too."),
 }
 

@@ -11,7 +11,7 @@ from minigpt_pl.checkpoint.run_dir import find_checkpoint
 from minigpt_pl.checkpoint.validation import validate_config, validate_sizes
 from minigpt_pl.cli import errors
 from minigpt_pl.cli.classes import class_name
-from minigpt_pl.cli.options import UserOption, class_options, config_diff, option_name
+from minigpt_pl.cli.options import FIT_SPECS, UserOption, class_options, config_diff, option_name
 from minigpt_pl.data.datamodule import DATA_MODULES, TextDataModule, datamodule_of
 from minigpt_pl.models.gpt import GPT
 from minigpt_pl.runtime.errors import UserError
@@ -97,7 +97,7 @@ def changes(
     if path is None:
         return {}
     default: dict[str, Any] = {"data_class": "TextDataModule"}
-    default |= {"init_from": "", "ema_decay": None} if fits else {}
+    default |= {name: spec.default for name, spec in FIT_SPECS.items()} if fits else {}
     names, configs = {*base, *default}, (checkpoint["config"], resolved)
     before, after = ({k: v for k, v in (default | config).items() if k in names} for config in configs)
     fixed = before["model"]["init_args"].keys() - MODELS[class_name(after)].mutable_args

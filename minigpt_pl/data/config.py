@@ -40,7 +40,7 @@ class DataConfig:
         eval_iters: Batches in an evaluation with eval_mode sampled or both.
         max_eval_tokens: Most tokens in an evaluation with eval_mode full or both; of a larger split it reads a part.
         sampling: random draws training windows from anywhere, with replacement; epoch shuffles adjacent windows.
-        token_noise: Share of the training inputs that are replaced by random tokens, against memorising the text.
+        token_noise: Share of the training inputs that are replaced by random tokens.
         num_workers: Processes that prepare batches, beside the training process.
         allow_data_change: Resume on a text that is not the checkpoint's.
 

@@ -25,7 +25,7 @@ class GPTConfig:
         n_head: Attention heads in a block; must divide n_embd.
         n_embd: Width of the residual stream.
         block_size: Tokens of context.
-        dropout: Dropout rate on embeddings, attention probabilities and both branches of a block.
+        dropout: Dropout on embeddings, attention probabilities and both branches.
 
     Raises:
         UserError: If a value is out of its range.

@@ -23,6 +23,7 @@ from minigpt_pl.runtime.errors import UserError, rank_zero_print
 from minigpt_pl.training.averaging import WeightAverage
 from minigpt_pl.training.callbacks import StepSeeder
 from minigpt_pl.training.checkpointing import BestCheckpoint, LastCheckpoint, SaveConfig
+from minigpt_pl.training.distillation import Distillation
 from minigpt_pl.training.lit_modules import LanguageModel
 from minigpt_pl.training.loggers import ResumableCSVLogger, WandbCallback, choose_run_id, wandb_run
 from minigpt_pl.training.metrics import TrainMetrics
@@ -86,6 +87,8 @@ class FitRunner:
                 remedy = "use one of them"
                 raise UserError("a callback averages too", option="ema_decay", value=init.ema_decay, remedy=remedy)
             others = [WeightAverage(init.ema_decay), *others]
+        if init.teachers:
+            others = [Distillation(as_list(init.teachers), init.teacher_weight), *others]
         if init.trainer.fast_dev_run:
             return [*others, StepSeeder(), TrainMetrics()]
         own_bar = init.trainer.enable_progress_bar is False or any(isinstance(c, LightningBar) for c in others)

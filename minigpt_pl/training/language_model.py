@@ -80,6 +80,8 @@ class LanguageModel(LightningModule, ABC):
         """How `predict_step` chooses tokens."""
         self.on_new_tokens: Callable[[list[int]], None] | None = None
         """Called in `predict_step` with the next token of each sample, as soon as it is drawn."""
+        self.minimised_loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        """Set by a callback: what is minimised in place of the cross-entropy, from it, the inputs and the logits."""
         self.running_means = RunningMeans()
         self._train_metrics: tuple[int, dict[str, float]] = (-1, {})
         self._last_lr = 0.0
@@ -160,6 +162,8 @@ class LanguageModel(LightningModule, ABC):
         self.running_means.add_losses(loss, aux_loss)
         if routings := [torch.stack(moe.last_routing) for moe in self.net.moe_layers() if moe.last_routing]:
             self.running_means.add_routing(torch.stack(routings))
+        if self.minimised_loss is not None:
+            loss = self.minimised_loss(loss, inputs, logits)
         return self.total_loss(loss, aux_loss)
 
     def total_loss(self, loss: Tensor, aux_loss: Tensor) -> Tensor:

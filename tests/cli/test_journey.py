@@ -94,7 +94,7 @@ def test_the_journey_has_not_changed() -> None:
 
 NEWER_OPTIONS: dict[str, Any] = {
     "config.data.split": "joint", "config.tensorboard": False, "config.ema_decay": None, "config.init_from": "",
-    "qk_norm": False, "attention_every": 1,
+    "config.teachers": "", "config.teacher_weight": 0.5, "qk_norm": False, "attention_every": 1,
 }  # fmt: skip
 """Options that are newer than the fixture, with the values that the runs need."""
 
