@@ -135,15 +135,18 @@ def test_the_example_page_has_the_present_scripts() -> None:
 
 
 def test_study_commands_name_studies_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example on the page is planned too, which resolves the options of its runs."""
+    """The examples on the page are planned too, which resolves the options of their runs."""
     from minigpt_pl.experiments.runner import build_parser
     from minigpt_pl.experiments.spec import STUDY_FILE, find_study, plan, read_study
 
     monkeypatch.chdir(tmp_path)
     page = (PROJECT / "docs" / "study.md").read_text("utf-8")
-    (example,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    Path("wide.yaml").write_text(example, "utf-8")
-    assert plan(read_study(Path("wide.yaml")), Path("out"), Path("runs"), seeds=1, only=[])
+    examples = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for name, example in zip(("NAME.yaml", "wide.yaml"), reversed(examples), strict=True):
+        Path(name).write_text(example, "utf-8")
+        planned = plan(read_study(Path(name)), Path("out"), Path("runs", Path(name).stem), seeds=1, only=[])
+        uses = [run.uses for run in planned]
+        assert uses == ([(), ("teacher-2337",)] if name == "NAME.yaml" else [(), ()])
     for command, *args in filter(None, (minigpt_args(line) for _, line in COMMANDS)):
         if command == "study":
             options = build_parser("study").parse_args(args)

@@ -89,11 +89,22 @@ class Runner:
         from minigpt_pl.experiments.tasks import Job, train
 
         needed = needs(self.threads, self.gpus)
-        while waiting and len(futures) <= room_for(self.client, needed):
-            run = waiting.popleft()
+        while len(futures) <= room_for(self.client, needed) and (run := self.next_run(waiting)):
             task = pickle.dumps((train, Job(run, self.study, os.getcwd(), self.threads, self.gpus)))
             key, priority = f"{run}-{self.study}", -self.runs.index(run)
             futures[self.client.submit(call, task, key=key, resources=needed, priority=priority)] = run
+
+    def next_run(self, waiting: "deque[spec.Run]") -> spec.Run | None:
+        """Takes the first run out of those that wait whose used runs have ended. One that uses a failed run fails."""
+        unfinished = set(map(str, self.remaining))
+        for run in list(waiting):
+            if failed := next((name for name in run.uses if name in self.failed), None):
+                waiting.remove(run)
+                self.fail(run, 1, f"it uses {failed}, which failed")
+            elif not unfinished.intersection(run.uses):
+                waiting.remove(run)
+                return run
+        return None
 
     def started(self, event: tuple[float, dict[str, Any]]) -> None:
         self.print(f"{event[1]['started']} {'resumes' if event[1]['resumes'] else 'starts'}")
@@ -111,13 +122,17 @@ class Runner:
                 add_result(self.out, result, outcome.token_nll)
             elif signals.pending_signal is not None:
                 return  # the same command resumes it
-        self.remaining.remove(run)
         if result is None:
-            self.failed[str(run)] = status, reason
-            self.print(f"{run} FAILED: {reason}")
-        else:
-            loss = f"{result.summary['best_nats_per_char']:.4f} nats/char at step {result.summary['best_step']}"
-            self.print(f"{run} done: {loss}, {format_duration(result.summary['wall_seconds'])}")
+            self.fail(run, status, reason)
+            return
+        self.remaining.remove(run)
+        loss = f"{result.summary['best_nats_per_char']:.4f} nats/char at step {result.summary['best_step']}"
+        self.print(f"{run} done: {loss}, {format_duration(result.summary['wall_seconds'])}")
+
+    def fail(self, run: spec.Run, status: int, reason: str) -> None:
+        self.remaining.remove(run)
+        self.failed[str(run)] = status, reason
+        self.print(f"{run} FAILED: {reason}")
 
     def print(self, message: str) -> None:
         """A line with the number of ended runs and, from the steps per second so far, the time left."""

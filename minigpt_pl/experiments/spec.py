@@ -7,8 +7,9 @@ import json
 import re
 import shlex
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -150,6 +151,7 @@ class Run:
     data_sha256: str
     run_dir: Path
     group: str  # in W&B
+    uses: tuple[str, ...] = ()  # names of other planned runs, whose directories its arguments name
 
     def __str__(self) -> str:
         return f"{self.name}-{self.seed}"
@@ -192,6 +194,17 @@ class Run:
         return 0
 
 
+def for_seed(args: list[str], seed: int) -> list[str]:
+    """Arguments of a run: {seed} is its seed, {seed+1000} that of another run, such as a teacher's."""
+    return [re.sub(r"\{seed(?:\+(\d+))?\}", lambda found: str(seed + int(found[1] or 0)), arg) for arg in args]
+
+
+def used_runs(run: Run, planned: list[Run]) -> tuple[str, ...]:
+    """Names of those planned runs whose directories stand in the arguments of a run."""
+    paths = re.findall(r"[\w./~-]+", " ".join(run.args))
+    return tuple(str(one) for one in planned if any(Path(path).is_relative_to(one.run_dir) for path in paths))
+
+
 def plan(study: Study, out: Path, run_dir: Path, seeds: int | None, only: list[str]) -> list[Run]:
     """The runs of a study, or of `only` some of its variants; all first seeds come before the second ones."""
     if unknown := set(only) - study.variants.keys():
@@ -200,15 +213,23 @@ def plan(study: Study, out: Path, run_dir: Path, seeds: int | None, only: list[s
     for name in dict.fromkeys(only) or study.variants:
         variant = study.variants[name]
         try:
-            config = resolve_config(variant.args)
+            first = for_seed(variant.args, variant.first_seed)
+            config = resolve_config(first)
             sha256 = datamodule_of(config).text_stats.sha256
         except UserError as error:
             raise UserError(f"run {name}: {error}") from error
         for index in range(seeds or study.seeds_of(name)):
             seed, group = variant.first_seed + index, f"{out.name}/{name}"
-            own = config | {"seed_everything": seed}
-            runs.append((index, Run(name, seed, variant.args, own, sha256, run_dir / f"{name}-{seed}", group)))
-    return [run for _, run in sorted(runs, key=lambda item: item[0])]
+            args = for_seed(variant.args, seed)
+            own = (config if args == first else resolve_config(args)) | {"seed_everything": seed}
+            runs.append((index, Run(name, seed, args, own, sha256, run_dir / f"{name}-{seed}", group)))
+    planned = [run for _, run in sorted(runs, key=lambda item: item[0])]
+    linked = [replace(run, uses=used_runs(run, planned)) for run in planned]
+    try:
+        TopologicalSorter({str(run): run.uses for run in linked}).prepare()
+    except CycleError as error:
+        raise UserError(f"the runs {', '.join(sorted(set(error.args[1])))} wait for each other") from None
+    return linked
 
 
 def save_study(study: Study, out: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from conftest import PROJECT, Outcome
 from matplotlib.figure import Figure
+from PIL import Image
 
 from minigpt_pl.experiments.analysis import StudyAnalysis
 from minigpt_pl.experiments.plots import draw_plots, plot_curves, plot_experts
@@ -175,7 +176,10 @@ def test_the_report_shows_what_the_results_hold(made: Path, minigpt: Callable[..
         assert (row_of_run in text) == (result.name != "unnamed")
     assert "| `minigpt fit --seed_everything 7` |" in text
     for name in ("curves", "differences", "experts", "positions"):
-        assert (made / f"{name}.png").stat().st_size > 10_000
+        with Image.open(made / f"{name}.png") as image:
+            assert image.size == (900, 500)
+            drawn = sum(count for count, _ in image.getcolors()) - max(count for count, _ in image.getcolors())
+            assert drawn > 4_000, f"{name}.png is nearly empty"
 
 
 def test_the_difference_over_text_is_of_the_same_seeds_as_the_one_over_seeds(made: Path) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from conftest import PROJECT, Outcome
 from support.runs import differences
 
 from minigpt_pl.experiments import results, spec, tasks
+from minigpt_pl.experiments.runner import Runner
 from minigpt_pl.experiments.spec import Study, plan, read_study, resolve_config
 from minigpt_pl.experiments.statistics import MIN_SEEDS_COMPARISON
 from minigpt_pl.runtime.errors import UserError
@@ -72,6 +74,48 @@ def test_first_seeds_come_first_and_named_comparisons_get_more(
     assert first.config["model"]["init_args"]["n_layer"] == 1
     with pytest.raises(UserError, match="--only nix: the study has a"):
         plan(read_study(path), Path("o"), Path("r"), None, ["nix"])
+
+
+def test_a_run_may_name_directories_of_others_by_seed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It uses those runs, wherever they stand in the plan, and no part of a longer name counts."""
+    resolve = cache(lambda *args: resolve_config([*args]))
+    monkeypatch.setattr(spec, "resolve_config", lambda args: resolve(*args))
+    path = write(
+        runs={
+            "t": {"fit": "", "first_seed": 2337},
+            "t2": {"fit": "", "first_seed": 3337},
+            "student": "--teachers '[runs/t-{seed+1000}, runs/t2-{seed+2000}/best.ckpt, elsewhere/runs/t-2337]'",
+            "again": "--teachers runs/student-{seed}",
+            "early": "--teachers runs/t-{seed+1001}",
+        },
+        seeds=2,
+    )
+    runs = {str(run): run for run in plan(read_study(path), Path("o"), Path("runs"), None, [])}
+    assert runs["student-1338"].config["teachers"] == ["runs/t-2338", "runs/t2-3338/best.ckpt", "elsewhere/runs/t-2337"]
+    assert runs["student-1338"].args[-1] == "[runs/t-2338, runs/t2-3338/best.ckpt, elsewhere/runs/t-2337]"
+    uses = {name: run.uses for name, run in runs.items() if run.uses}
+    assert uses == {
+        "student-1337": ("t-2337", "t2-3337"), "again-1337": ("student-1337",), "early-1337": ("t-2338",),
+        "student-1338": ("t-2338", "t2-3338"), "again-1338": ("student-1338",),
+    }  # fmt: skip
+    circle = write(runs={"a": "--teachers runs/b-1337", "b": "--teachers runs/a-1337"}, seeds=1)
+    with pytest.raises(UserError, match="the runs a-1337, b-1337 wait for each other"):
+        planned(circle)
+
+
+def test_a_run_waits_for_the_runs_that_it_uses(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(runs={"t": "", "student": "--teachers runs/t-{seed}", "other": ""}, seeds=2)
+    runs = plan(read_study(path), Path("o"), Path("runs"), None, [])
+    study, waiting = Runner(runs, None, 1, 0, OUT), deque(runs)
+    assert [str(study.next_run(waiting)) for _ in range(4)] == ["t-1337", "other-1337", "t-1338", "other-1338"]
+    assert study.next_run(waiting) is None
+    study.remaining.remove(runs[0])  # as it does when t-1337 has ended
+    assert str(study.next_run(waiting)) == "student-1337"
+    study.fail(runs[3], 3, "the run diverged")
+    assert study.next_run(waiting) is None
+    assert not waiting
+    assert study.failed["student-1338"] == (1, "it uses t-1338, which failed")
+    assert "student-1338 FAILED: it uses t-1338, which failed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
