@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from support.runs import SMALL, at_micro_batch, differences, interrupt, rows_of, summary
 
+from minigpt_pl import ModernLM, TextDataModule
 from minigpt_pl.__main__ import main
 from minigpt_pl.checkpoint.io import read_checkpoint
 from minigpt_pl.training.distillation import Distillation
@@ -123,3 +125,21 @@ def test_a_teacher_that_cannot_be_used(fit, home: Path, tmp_path: Path, teacher:
     outcome = fit("student", "--teachers", f"[{home / 'one'}, {home / teacher}]")
     assert (outcome.status, outcome.err) == (2, f"error: the teacher {home / teacher} cannot be used: {problem}\n")
     assert not (tmp_path / "student").exists()
+
+
+def test_it_is_a_callback_of_any_trainer(home: Path, tmp_path: Path) -> None:
+    """It takes itself away after the fit, so that another fit learns from the text alone."""
+
+    def trained(*callbacks: Callback) -> ModernLM:
+        torch.manual_seed(3)
+        data = TextDataModule(path=str(home / "text.txt"), block_size=16, batch_size=4, eval_every=5, seed=1)
+        sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "dropout": 0.0}
+        model = ModernLM(vocab_size=data.vocab_size, **sizes, lr=1e-3, weight_decay=0.1)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+        trainer = Trainer(max_steps=2, accelerator="cpu", callbacks=[*callbacks], default_root_dir=tmp_path, **quiet)
+        trainer.fit(model, data)
+        return model
+
+    plain, student = trained(), trained(Distillation([home / "one"], 1.0))
+    assert not torch.equal(plain.net.head.weight, student.net.head.weight)
+    assert student.minimised_loss is None
