@@ -56,8 +56,9 @@ class Distillation(Callback):
             teacher = from_checkpoint(checkpoint)
         except UserError as refusal:
             raise error(refusal.problem, refusal.remedy) from refusal
-        ids, known = checkpoint.get("TextDataModule", {}).get("tokenizer_sha256"), getattr(tokenizer, "sha256", None)
-        if teacher.config.vocab_size != model.config.vocab_size or ids != (known or ids):
+        tokens = checkpoint.get("TextDataModule", {}).get("tokenizer_sha256")
+        same_tokens = tokenizer is None or tokens == tokenizer.sha256
+        if not same_tokens or teacher.config.vocab_size != model.config.vocab_size:
             raise error("its vocabulary is not that of this run", "train it on the same text, with the same tokenizer")
         if teacher.config.block_size < (size := model.config.block_size):
             problem = f"it reads {teacher.config.block_size} tokens of context, fewer than model.block_size {size}"
