@@ -71,10 +71,6 @@ FIT_ONLY = {
     "val_check_interval", "check_val_every_n_epoch", "max_epochs", "enable_model_summary", "logger",
 }  # fmt: skip
 """Trainer options that only `fit` has."""
-FIT_GROUPS = {
-    "early_stopping", "checkpoint", "samples", "wandb", "tensorboard", "init_from", "ema_decay", "teachers",
-    "teacher_weight",
-}  # fmt: skip
 SECTIONS = ("fit", "validate", "test", "predict")
 
 
@@ -99,6 +95,7 @@ FIT_SPECS = {
     "teacher_weight": OptionSpec(Probability, 0.5, "Share of the teachers in the loss."),
     "tensorboard": OptionSpec(bool, False, "Write metrics and samples for TensorBoard too."),
 }
+FIT_GROUPS = {"early_stopping", "checkpoint", "samples", "wandb", *FIT_SPECS}
 
 
 @cache
