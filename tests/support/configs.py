@@ -1,5 +1,6 @@
 """What the tests of configs share: fits that are built or resolved from shipped configs, but not started."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -38,9 +39,9 @@ def with_configs(*names: str) -> list[str]:
     return [arg for name in names for arg in ("-c", name)]
 
 
-def build(*names: str) -> Built:
+def build(*names: str, options: Sequence[str] = ()) -> Built:
     silence_libraries()
-    return Built("fit", with_configs(*names))
+    return Built("fit", [*with_configs(*names), *options])
 
 
 def resolve(*names: str) -> dict[str, Any]:
