@@ -18,7 +18,7 @@ settings.load_profile("project")
 
 pytest_plugins = ["benchmarks.plugin", "support.browser"]
 PROJECT = Path(__file__).parents[1]
-TINY = ("-c", "smoke", "--wandb", "null", "--samples", "null", "--data.train_frac", "0.98")
+TINY = ("-c", "smoke", "--wandb", "null", "--samples", "null", "--data.train_frac", "0.995")
 """Options of a fit that takes less than a second: a larger part to check on would take most of it."""
 
 
