@@ -78,16 +78,13 @@ def describe(run: Built) -> dict[str, Any]:
 
 def journey(folder: Path) -> dict[str, Any]:
     """What each run is. Those with merges across lines are built on the first SHORT_TEXT characters of their text."""
-    described = {}
+    described, short = {}, folder / "short.txt"
     for name in JOURNEY:
         data = resolve(f"journey/{name}")["data"]
-        if data["bpe_across_lines"]:
-            short = folder / "short.txt"
-            short.write_text(Path(data["path"]).read_text("utf-8")[:SHORT_TEXT], "utf-8")
-            described[name] = describe(build(f"journey/{name}", options=["--data.path", str(short)]))
-            described[name]["config"]["data"]["path"] = data["path"]
-        else:
-            described[name] = describe(build(f"journey/{name}"))
+        short.write_text(Path(data["path"]).read_text("utf-8")[:SHORT_TEXT], "utf-8")
+        options = ["--data.path", str(short)] if data["bpe_across_lines"] else []
+        described[name] = describe(build(f"journey/{name}", options=options))
+        described[name]["config"]["data"]["path"] = data["path"]
     return described
 
 

@@ -27,9 +27,9 @@ def config_of(*args: str) -> dict[str, Any]:
 @pytest.mark.parametrize("path", sorted(PROJECT.glob("configs/studies/*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_study_can_be_run_and_its_stored_results_are_of_the_same_runs(path: Path) -> None:
     study = read_study(path)
-    configs = {name: config_of(*for_seed(one.args, one.first_seed)) for name, one in study.variants.items()}
+    for variant in study.variants.values():
+        config_of(*for_seed(variant.args, variant.first_seed))
     for result in read_results(PROJECT / "docs/results" / path.stem):
-        assert result.name in configs
         args = for_seed(study.variants[result.name].args, result.seed)
         now = config_of(*args) | {"seed_everything": result.seed}
         assert not [*run_differences(result.config, now)], f"{result}: more seeds could not be added"
