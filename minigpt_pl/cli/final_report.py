@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt_pl.checkpoint.io import BEST_CKPT, read_checkpoint
-from minigpt_pl.generation.generate import SamplingConfig
-from minigpt_pl.training.sampling import generate_sample
+from minigpt_pl.training.sampling import SampleCallback, generate_sample
 from minigpt_pl.training.summary import format_summary, resume_command
 
 
@@ -20,7 +19,7 @@ def print_report(
         summary: The content of summary.json, or None if the run had ended before.
         run_dir: The run's directory.
         config: The run's configuration.
-        with_sample: Whether a sample is printed.
+        with_sample: Whether a sample is printed, if the run writes samples: with its prompt and its options.
     """
     if summary is None:
         print(f"{run_dir} has already reached trainer.max_steps {trainer.max_steps}: nothing is left to train")
@@ -28,7 +27,8 @@ def print_report(
         return
     print(f"\n{format_summary(summary, run_dir)}")
     best = run_dir / BEST_CKPT
-    if with_sample and best.exists():
+    samples = next((callback for callback in trainer.callbacks if isinstance(callback, SampleCallback)), None)
+    if with_sample and samples and best.exists():
         model.load_state_dict(read_checkpoint(best)["state_dict"])
-        text = generate_sample(trainer, model, "\n", SamplingConfig(max_new_tokens=300))
+        text = generate_sample(trainer, model, samples.prompt, samples.sampling)
         print(f"\nA sample from best.ckpt:\n{text}")

@@ -20,7 +20,9 @@ from minigpt_pl.training.by_products import format_sample, read_whole_samples
 
 @final
 class SampleCallback(Callback):
-    """Appends a sample of the model to samples.txt after evaluations. `--samples null` writes none.
+    """Appends a sample of the model to samples.txt after evaluations; the run ends with one of its best model.
+
+    `--samples null` writes and prints none.
 
     Args:
         every_n_evals: Evaluations between samples.

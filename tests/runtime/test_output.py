@@ -15,9 +15,9 @@ from minigpt_pl.runtime.errors import UserError
 from minigpt_pl.runtime.paths import NOWHERE, cache_dir, expand_home, home_for
 
 FIT = (
-    "fit", "-c", "smoke", "--wandb", "null", "--samples", "null", "--model.n_embd", "16", "--model.block_size", "16",
-    "--data.batch_size", "4", "--data.eval_every", "2", "--trainer.max_steps", "2", "--model.n_layer", "1",
-    "--trainer.enable_progress_bar", "false", "--data.path", "text.txt", "--run_dir", "run",
+    "fit", "-c", "smoke", "--wandb", "null", "--samples.max_new_tokens", "99", "--model.n_embd", "16",
+    "--model.block_size", "16", "--data.batch_size", "4", "--data.eval_every", "2", "--trainer.max_steps", "2",
+    "--model.n_layer", "1", "--trainer.enable_progress_bar", "false", "--data.path", "text.txt", "--run_dir", "run",
 )  # fmt: skip
 
 

@@ -97,7 +97,9 @@ def test_a_different_seed_dropout_or_batch_size_gives_different_weights(
 
 
 def test_config_yaml_repeats_a_run(minigpt: MiniGPT, tmp_path: Path, digest_of_plain_run: str) -> None:
-    assert minigpt("fit", *SIZES, *OFF, "--run_dir", tmp_path / "one").status == 0
+    done = minigpt("fit", *SIZES, *OFF, "--run_dir", tmp_path / "one")
+    assert done.status == 0
+    assert "sample" not in done.out  # OFF has --samples null
     assert minigpt("fit", "-c", tmp_path / "one" / "config.yaml", "--run_dir", tmp_path / "two").status == 0
     assert read_checkpoint(tmp_path / "two" / "last.ckpt")["digest"] == digest_of_plain_run
 
@@ -122,8 +124,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, text: str) -> tuple[Path,
         patch.setattr("builtins.input", lambda *args: pytest.fail("fit asks a question"))
         words = [
             "fit", *SIZES, "--data.max_eval_tokens", 2_000_000, "--samples.max_new_tokens", 20,
-            "--data.path", home / "text.txt", "--data.train_frac", TRAIN, "--data.test_frac", TEST,
-            "--run_dir", home / "run",
+            "--samples.prompt", "the sea", "--data.path", home / "text.txt", "--data.train_frac", TRAIN,
+            "--data.test_frac", TEST, "--run_dir", home / "run",
         ]  # fmt: skip
         with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
             status = main([str(word) for word in words])
@@ -219,7 +221,9 @@ def test_a_run_ends_with_a_table_and_a_sample(finished: tuple[Path, Outcome]) ->
     assert f"{summary['best_val']:.4f} nats/token" in done.out
     assert "completed after step 12" in done.out
     assert str(run) in done.out
-    assert len(done.out.partition("A sample from best.ckpt:")[2]) > 200, lines[-3:]
+    sample = done.out.partition("\nA sample from best.ckpt:\n")[2].removesuffix("\n")
+    assert sample.startswith("the sea"), lines[-3:]
+    assert len(sample) == len("the sea") + 20
 
 
 def test_active_parameters_exclude_experts_that_a_token_does_not_use(minigpt: MiniGPT, tmp_path: Path) -> None:
