@@ -1,4 +1,4 @@
-"""The reference report's eleven runs beside ours: README's table, docs/report.svg, and a table of docs/conclusions.md.
+"""The reference report's eleven runs beside ours: README's table, docs/report.svg, two tables of docs/conclusions.md.
 
 `python docs/build/report_table.py` reads docs/results/report, writes the picture and prints the tables. They are in
 nats per token, and compare by the report's estimator, the lowest of a run's estimates.
@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minigpt_pl.experiments.analysis import StudyAnalysis, VariantResults
-from minigpt_pl.experiments.statistics import LEVEL, MIN_SEEDS_INTERVAL, mean_ci
+from minigpt_pl.experiments.analysis import Comparison, StudyAnalysis, VariantResults, difference_by_character
+from minigpt_pl.experiments.report import COMPARISONS
+from minigpt_pl.experiments.statistics import LEVEL, MIN_SEEDS_INTERVAL, Values, mean_ci
 from minigpt_pl.experiments.tables import Columns, format_interval, render_table
 
 DOCS = Path(__file__).parents[1]
@@ -87,21 +88,35 @@ COLUMNS: Columns = {
 }
 
 
-def over_text(row: Row) -> str:
-    """The exact loss's interval for another text of this kind, over the windows of this one."""
-    assert row.ours
-    nll = row.ours.token_nll
-    windows = nll.mean[: len(nll.mean) // nll.window * nll.window].reshape(-1, nll.window).mean(1)
-    return format_interval(mean_ci(windows)[0])
+def over_text(losses: Values, window: int, sign: str = "") -> str:
+    """The interval of the mean of exact losses (n,) for another text of this kind, over the windows of this one.
+
+    Windows are taken as independent: this text is too short for the block bootstrap that reports use.
+    """
+    windows = losses[: len(losses) // window * window].reshape(-1, window).mean(1)
+    return format_interval(mean_ci(windows)[0], sign)
+
+
+def difference_over_text(one: Comparison) -> str:
+    assert one.first
+    assert one.second
+    values = difference_by_character(one.first.token_nll, one.second.token_nll)
+    return over_text(values[~np.isnan(values)], one.second.token_nll.window, "+")
 
 
 ESTIMATORS: Columns = {
     "run": lambda row: row.run,
     "exact": lambda row: mean(row, "full_val_at_best"),
-    "over text": over_text,
+    "over text": lambda row: over_text(row.ours.token_nll.mean, row.ours.token_nll.window),
     "estimates, mean": lambda row: mean(row, "expected_estimate"),
     "their SD": lambda row: f"{row.ours.sampling_error * row.ours.token_nll.chars_per_token:.4f}",
     "lowest estimate": lambda row: mean(row, "best_val"),
+}
+DIFFERENCES: Columns = {
+    "difference": lambda one: one.name,
+    **{name: COMPARISONS[name] for name in ("seeds", "mean", "over seeds")},
+    "exact, over text": difference_over_text,
+    "conclusion": COMPARISONS["conclusion"],
 }
 
 
@@ -116,6 +131,10 @@ def table(rows: list[Row]) -> str:
 
 def estimators(rows: list[Row]) -> str:
     return "\n".join(render_table(ESTIMATORS, [row for row in rows if row.ours]))
+
+
+def differences(folder: Path = RESULTS) -> str:
+    return "\n".join(render_table(DIFFERENCES, StudyAnalysis(folder).comparisons))
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -164,4 +183,4 @@ def draw(rows: list[Row], path: Path) -> None:
 
 if __name__ == "__main__":
     draw(read_rows(), PICTURE)
-    print(table(read_rows()), estimators(read_rows()), sep="\n\n")
+    print(table(read_rows()), estimators(read_rows()), differences(), sep="\n\n")
