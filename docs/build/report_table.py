@@ -1,7 +1,7 @@
 """The reference report's eleven runs beside ours: README's table, docs/report.svg, two tables of docs/conclusions.md.
 
-`python docs/build/report_table.py` reads docs/results/report, writes the picture and prints the tables. They are in
-nats per token, and compare by the report's estimator, the lowest of a run's estimates.
+`python docs/build/report_table.py` reads docs/results/report, writes the picture and prints the tables. They compare
+by the report's estimator, the lowest of a run's estimates, in nats per token; differences are in nats per character.
 """
 
 from pathlib import Path
