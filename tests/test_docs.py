@@ -279,11 +279,12 @@ def test_the_curve_is_that_of_readmes_run() -> None:
     assert curve_labels(learning_curve.CURVE) == expected_labels("data/input.txt", 0.9, best)
 
 
-def test_readme_and_its_picture_have_the_results_on_the_reports_text() -> None:
-    table = report_table.table(report_table.read_rows())
+def test_readme_its_picture_and_the_conclusions_have_the_results_on_the_reports_text() -> None:
+    rows = report_table.read_rows()
+    table = report_table.table(rows)
     assert table in README.read_text("utf-8"), "run python docs/build/report_table.py"
     conclusions = (PROJECT / "docs/conclusions.md").read_text("utf-8")
-    assert report_table.estimators(report_table.read_rows()) in conclusions
+    assert report_table.estimators(rows) in conclusions
     assert report_table.differences() in conclusions
     picture = xml.etree.ElementTree.parse(report_table.PICTURE)
     assert [e.text for e in picture.iter("{http://purl.org/dc/elements/1.1/}description")] == [table]

@@ -182,5 +182,6 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(read_rows(), PICTURE)
-    print(table(read_rows()), estimators(read_rows()), differences(), sep="\n\n")
+    rows = read_rows()
+    draw(rows, PICTURE)
+    print(table(rows), estimators(rows), differences(), sep="\n\n")
