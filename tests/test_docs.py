@@ -279,13 +279,14 @@ def test_the_curve_is_that_of_readmes_run() -> None:
     assert curve_labels(learning_curve.CURVE) == expected_labels("data/input.txt", 0.9, best)
 
 
-def test_readme_its_picture_and_the_conclusions_have_the_results_on_the_reports_text() -> None:
+def test_the_pages_and_the_picture_have_the_results_on_the_reports_text() -> None:
     rows = report_table.read_rows()
     table = report_table.table(rows)
     assert table in README.read_text("utf-8"), "run python docs/build/report_table.py"
     conclusions = (PROJECT / "docs/conclusions.md").read_text("utf-8")
     assert report_table.estimators(rows) in conclusions
     assert report_table.differences() in conclusions
+    assert report_table.seeds(rows) in (PROJECT / "docs/journey.md").read_text("utf-8")
     picture = xml.etree.ElementTree.parse(report_table.PICTURE)
     assert [e.text for e in picture.iter("{http://purl.org/dc/elements/1.1/}description")] == [table]
 
