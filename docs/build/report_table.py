@@ -123,15 +123,11 @@ DIFFERENCES: Columns = {
 }
 
 
-def train_loss_at(step: int) -> Callable[[Result], str]:
+def train_loss(result: Result, step: int) -> float:
     """As the report's program logs it: with dropout, and with the balance loss, which our `train/loss` leaves out."""
-
-    def read(result: Result) -> str:
-        metrics, weight = result.metrics("train"), result.config["model"]["init_args"]["moe_aux_loss_coef"]
-        loss = metrics["train/loss"] + weight * metrics["train/aux_loss"]
-        return f"{loss[metrics['step'] == step].item():.4f}"
-
-    return read
+    metrics, weight = result.metrics("train"), result.config["model"]["init_args"]["moe_aux_loss_coef"]
+    loss = metrics["train/loss"] + weight * metrics["train/aux_loss"]
+    return float(loss[metrics["step"] == step].item())
 
 
 OF_A_SEED: dict[str, Callable[[Result], str]] = {
@@ -140,7 +136,7 @@ OF_A_SEED: dict[str, Callable[[Result], str]] = {
     "last step": lambda result: str(result.summary["total_steps"]),
     "training loss there": lambda result: f"{result.summary['final_train_loss']:.4f}",
     "validation loss there": lambda result: f"{result.summary['final_val_loss']:.4f}",
-    "training loss at step 2000": train_loss_at(2000),
+    "training loss at step 2000": lambda result: f"{train_loss(result, 2000):.4f}",
 }
 REPORT_GIVES = {  # of the two runs of which it gives more than the lowest estimate
     "p2_refine": {"last step": "7200", "training loss there": "0.1443", "validation loss there": "3.0598"},
@@ -168,10 +164,9 @@ def seeds(rows: list[Row]) -> str:
         row = next(row for row in rows if row.run == run)
         theirs = {"lowest estimate": f"{row.best_val:.4f}", "its step": str(row.best_step), **more}
         results = row.ours.results if row.ours else []
-        ours = {f"seed {result.seed}": {name: OF_A_SEED[name](result) for name in theirs} for result in results}
-        columns: Columns = {f"`{run}`": itemgetter("of"), **{name: itemgetter(name) for name in theirs}}
-        lines = [{"of": of, **values} for of, values in {"the report": theirs, **ours}.items()]
-        tables.append("\n".join(render_table(columns, lines)))
+        ours = [[f"seed {result.seed}", *(OF_A_SEED[name](result) for name in theirs)] for result in results]
+        columns: Columns = {name: itemgetter(i) for i, name in enumerate([f"`{run}`", *theirs])}
+        tables.append("\n".join(render_table(columns, [["the report", *theirs.values()], *ours])))
     return "\n\n".join(tables)
 
 
