@@ -221,5 +221,4 @@ def draw(rows: list[Row], path: Path) -> None:
 if __name__ == "__main__":
     rows = read_rows()
     draw(rows, PICTURE)
-    print(table(rows), estimators(rows), differences(), sep="\n\n")
-    print("", seeds(rows), sep="\n")
+    print(table(rows), estimators(rows), differences(), seeds(rows), sep="\n\n")
